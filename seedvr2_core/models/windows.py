@@ -1,0 +1,94 @@
+"""Attention windows: how large they are, where they lie, and which tokens they hold.
+
+    t h w a token grid: latent frames, and 2 x 2 cells of latent positions   n tokens of a grid, row-major (t, h, w)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Sizes along time, height and width, in tokens."""
+
+    t: int
+    h: int
+    w: int
+
+
+class Span(NamedTuple):
+    """Tokens start..stop-1 along one axis."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """How windows follow from the size of a clip."""
+
+    splits: Grid = Grid(4, 3, 3)  # windows along each axis of a clip of the training area
+    train_area: tuple[int, int] = (45, 80)  # tokens; one covers 16 x 16 pixels, so this is 1280 x 720
+    max_t: int = 30  # latent frames; a longer clip gets more windows along time, not longer ones
+
+
+def window_size(grid: Grid, config: WindowConfig) -> Grid:
+    """Size of a full window.
+
+    A window is as large as it would be if the frame were scaled to the training area at its own aspect ratio. A larger
+    frame therefore gets more windows, not larger ones, and meets the sizes the model was trained on.
+
+    Source: SeedVR2, arXiv 2506.05301, eq. 1 and 2. As in the released model, the scaled sides are rounded to whole
+    tokens (ties to even), and frames smaller than the training area are scaled up too.
+    """
+    scale = math.sqrt(config.train_area[0] * config.train_area[1] / (grid.h * grid.w))
+    return Grid(
+        math.ceil(min(grid.t, config.max_t) / config.splits.t),
+        math.ceil(round(grid.h * scale) / config.splits.h),
+        math.ceil(round(grid.w * scale) / config.splits.w),
+    )
+
+
+def spans(length: int, window: int, shifted: bool) -> list[Span]:
+    """Cut one axis into windows; shifted ones start with half a window. The rest at either end stays small: nothing is
+    padded, wrapped around or masked. An axis that one window covers is never cut."""
+    if shifted and window < length:
+        cuts = [(2 * j + 1) * window // 2 for j in range(length // window + 1)]
+    else:
+        cuts = range(window, length, window)
+    edges = [0, *(cut for cut in cuts if 0 < cut < length), length]
+    return [Span(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+
+def windows(grid: Grid, config: WindowConfig, shifted: bool) -> list[tuple[Span, Span, Span]]:
+    """All windows of a grid as (t, h, w) spans, width outermost and time innermost."""
+    size = window_size(grid, config)
+    t, h, w = (spans(length, window, shifted) for length, window in zip(grid, size, strict=True))
+    return [(a, b, c) for c, b, a in product(w, h, t)]
+
+
+def window_tokens(grid: Grid, config: WindowConfig, shifted: bool) -> tuple[Tensor, Tensor, list[Grid]]:
+    """Which tokens each window holds.
+
+    Returns:
+        order: n, the row-major index of every token, window after window.
+        positions: n 3, the (t, h, w) position of those tokens inside their window.
+        shapes: the size of every window.
+    """
+    index = torch.arange(grid.t * grid.h * grid.w).view(grid)
+    order, positions, shapes = [], [], []
+    local: dict[Grid, Tensor] = {}
+    for t, h, w in windows(grid, config, shifted):
+        shape = Grid(t.stop - t.start, h.stop - h.start, w.stop - w.start)
+        if shape not in local:
+            local[shape] = torch.cartesian_prod(*(torch.arange(length) for length in shape)).view(-1, 3)
+        order.append(index[t.start : t.stop, h.start : h.stop, w.start : w.stop].reshape(-1))
+        positions.append(local[shape])
+        shapes.append(shape)
+    return torch.cat(order), torch.cat(positions), shapes
