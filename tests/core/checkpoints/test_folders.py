@@ -1,0 +1,70 @@
+"""Finding checkpoints on disk by what they are, not by what they are called."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from seedvr2_core.checkpoints import folders
+from seedvr2_core.checkpoints.folders import default_directory, find_models, search_directories
+from seedvr2_core.models.dit import DiT
+
+
+@pytest.fixture
+def ranked(monkeypatch, dit, vae):
+    """A better and a worse transformer than `dit`, as the 7B and the 3B are: (better, worse) state dicts."""
+    better, worse = replace(dit.config, depth=4), replace(dit.config, depth=2)
+    monkeypatch.setattr(folders, "QUALITY", (better, worse, vae.config))
+    return DiT(better).state_dict(), DiT(worse).state_dict()
+
+
+def test_the_best_model_comes_first(write, tmp_path, ranked, dit, vae):
+    better, worse = ranked
+    write("models/a_unpublished.safetensors", dit.state_dict())
+    write("models/b_worse.pth", worse)
+    write("models/sub/y_better_sharp.safetensors", better)
+    write("models/sub/x_better.safetensors", better)
+    write("models/seedvr_ema_7b.pth", better)
+    write("models/0_fp8.safetensors", {name: t.to(torch.float8_e4m3fn) for name, t in better.items()})
+    write("models/vae.safetensors", vae.state_dict())
+    found = [info.path.name for info in find_models([tmp_path]) if info.parts[0].kind == "dit"]
+    assert found == [
+        "x_better.safetensors",
+        "y_better_sharp.safetensors",
+        "b_worse.pth",
+        "a_unpublished.safetensors",
+        "seedvr_ema_7b.pth",
+        "0_fp8.safetensors",
+    ]
+
+
+def test_other_and_damaged_files_are_passed_over(write, tmp_path, dit):
+    write("lora.safetensors", {"a.lora_A.weight": torch.zeros(2, 2)})
+    write("pos_emb.pt", torch.zeros(58, 5120))
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678{nonsense")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "notes.txt").write_text("not weights")
+    (tmp_path / "folder.safetensors").mkdir()
+    mine = write("mine.safetensors", dit.state_dict())
+    assert [info.path for info in find_models([tmp_path])] == [mine]
+
+
+def test_a_file_reached_twice_is_listed_once(write, tmp_path, dit):
+    write("models/mine.safetensors", dit.state_dict())
+    assert len(find_models([tmp_path, tmp_path / "models", tmp_path / "missing"])) == 1
+
+
+def test_downloads_go_into_comfyui_where_there_is_one():
+    assert default_directory({}) == Path.home() / ".cache" / "seedvr2"
+    assert default_directory({"COMFYUI_PATH": "/comfy"}) == Path("/comfy/models/SEEDVR2")
+
+
+def test_every_folder_of_comfyui_is_searched_once():
+    assert search_directories({}) == [Path.home() / ".cache" / "seedvr2"]
+    assert search_directories({"COMFYUI_PATH": "/comfy"}) == [
+        Path("/comfy/models/SEEDVR2"),
+        Path.home() / ".cache" / "seedvr2",
+        Path("/comfy/models/diffusion_models"),
+        Path("/comfy/models/vae"),
+    ]
