@@ -1,0 +1,239 @@
+"""The sizes a clip may have: target size, resizing, padding and cropping, latent and token grids, value ranges."""
+
+# T C H W   frames, channels, height, width in pixels   t h w the same in latent or token space
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import SettingError
+
+# Pixels (frames) covered by one step of the latent. Its first frame covers one pixel frame, so a clip has 4n+1.
+LATENT_FRAMES = 4
+LATENT_PIXELS = 8
+# Latent rows and columns in one token of the transformer, which does not group frames.
+PATCH = 2
+# Height and width of a clip are multiples of this: 16.
+CLIP_MULTIPLE = LATENT_PIXELS * PATCH
+# No codec or image format worth writing goes further; a larger size is a typing error.
+MAX_SIDE = 65536
+
+
+class Grid(NamedTuple):
+    """Counts along time, height and width, in latent positions or in tokens."""
+
+    t: int
+    h: int
+    w: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large the output shall be. Build one with a constructor below, then ask `size`.
+
+    All but `exact` keep the aspect ratio up to rounding. A value out of range raises SettingError.
+    """
+
+    kind: Literal["same", "scale", "short_side", "long_side", "megapixels", "area", "exact"]
+    values: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            if not (math.isfinite(value) and value > 0):
+                raise SettingError(f"The output size cannot be {self}: {value:g} has to be a number above zero.")
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', ' ')} {' x '.join(f'{value:g}' for value in self.values)}".strip()
+
+    @classmethod
+    def same(cls) -> Target:
+        """The size of the input: restore without enlarging."""
+        return cls("same")
+
+    @classmethod
+    def scale(cls, factor: float) -> Target:
+        """Both sides times `factor`; below 1 shrinks."""
+        return cls("scale", (factor,))
+
+    @classmethod
+    def short_side(cls, pixels: int, max_long_side: int | None = None) -> Target:
+        """The shorter side becomes `pixels`, less where the longer one would exceed `max_long_side`."""
+        return cls("short_side", (pixels,) if max_long_side is None else (pixels, max_long_side))
+
+    @classmethod
+    def long_side(cls, pixels: int) -> Target:
+        """The longer side becomes `pixels`."""
+        return cls("long_side", (pixels,))
+
+    @classmethod
+    def megapixels(cls, millions: float) -> Target:
+        """About `millions` of pixels a frame."""
+        return cls("megapixels", (millions,))
+
+    @classmethod
+    def area(cls, height: int, width: int) -> Target:
+        """About as many pixels as height x width has. The published script's rule, with 720 x 1280."""
+        return cls("area", (height, width))
+
+    @classmethod
+    def exact(cls, height: int, width: int) -> Target:
+        """This height and width, whatever becomes of the aspect ratio."""
+        return cls("exact", (height, width))
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Output (height, width) in pixels for frames of this size, at least 1 x 1.
+
+        Raises SettingError above 65536 pixels a side.
+        """
+        rows, columns = (max(1, side) for side in self._size(height, width))
+        if max(rows, columns) > MAX_SIDE:
+            raise SettingError(f"The output would be {columns} x {rows} pixels, beyond the limit of {MAX_SIDE} a side; "
+                               f"ask for less than {self}.")
+        return rows, columns
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        short, long = min(height, width), max(height, width)
+        match self.kind, self.values:
+            case "same", ():
+                return height, width
+            case "exact", (rows, columns):
+                return int(rows), int(columns)
+            case "scale", (factor,):
+                return _scaled(height, width, factor)
+            case "megapixels", (millions,):
+                return _scaled(height, width, math.sqrt(millions * 1e6 / (height * width)))
+            case "area", (rows, columns):
+                # The square root is squared again because the published code does; it decides some roundings.
+                return _scaled(height, width, math.sqrt(((rows * columns) ** 0.5) ** 2 / (height * width)))
+            case "long_side", (pixels,):
+                side = int(pixels), int(pixels * short / long)
+                return side if height >= width else side[::-1]
+            case "short_side", (pixels, *limit):
+                side = int(pixels), int(pixels * long / short)
+                rows, columns = side if height <= width else side[::-1]
+                if limit and max(rows, columns) > limit[0]:
+                    return _scaled(rows, columns, limit[0] / max(rows, columns))
+                return rows, columns
+        raise SettingError(f"There is no output size {self.kind!r} with {len(self.values)} values; "
+                           "build it with a constructor of Target.")
+
+
+def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    # round() is half to even, as in the published code.
+    return round(height * factor), round(width * factor)
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Resample frames (T C H W, 0..1) to height x width, clamped to 0..1, in the dtype given.
+
+    Antialiased bicubic with a = -0.5 and pixel centres, up or down. Frames of that size already come back as they are.
+    """
+    if frames.shape[-2:] == (height, width):
+        return frames
+    # fp32: the antialiased filter has many small taps, and half precision is missing on some devices.
+    resized = F.interpolate(frames.float(), (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp_(0, 1).to(frames.dtype)
+
+
+def padded_size(height: int, width: int, multiple: int = CLIP_MULTIPLE) -> tuple[int, int]:
+    """Height and width after `pad_to_multiple`."""
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def pad_to_multiple(clip: Tensor, multiple: int = CLIP_MULTIPLE) -> Tensor:
+    """Extend ... H W at the bottom and right to the next multiple, mirroring the picture about its last row and column.
+
+    A picture smaller than its padding is mirrored back and forth. Undone by `crop`.
+    """
+    sizes = clip.shape[-2:]
+    for axis, size, total in zip((-2, -1), sizes, padded_size(*sizes, multiple), strict=True):
+        if total > size:
+            clip = clip.index_select(axis, torch.tensor(_reflection(size, total), device=clip.device))
+    return clip
+
+
+def _reflection(size: int, total: int) -> list[int]:
+    period = max(1, 2 * (size - 1))
+    return [min(i % period, period - i % period) if size > 1 else 0 for i in range(total)]
+
+
+def crop(clip: Tensor, height: int, width: int) -> Tensor:
+    """The top left height x width of ... H W, a view: what `pad_to_multiple` added goes away."""
+    return clip[..., :height, :width]
+
+
+def centre_crop(clip: Tensor, multiple: int = CLIP_MULTIPLE) -> Tensor:
+    """The middle of ... H W, cut down to multiples. The published script's way; it loses up to 15 rows and columns."""
+    height, width = clip.shape[-2:]
+    h, w = height - height % multiple, width - width % multiple
+    top, left = round((height - h) / 2), round((width - w) / 2)
+    return clip[..., top : top + h, left : left + w]
+
+
+def padded_length(frames: int, step: int = LATENT_FRAMES) -> int:
+    """The smallest step * n + 1 that holds this many frames: 1, 5, 9, 13, ..."""
+    return -(-(frames - 1) // step) * step + 1
+
+
+def mirror_indices(frames: int, total: int) -> list[int]:
+    """Frame numbers that lengthen a clip to `total` by playing it backwards from its end: 0 1 2 3 4, 3 2 1.
+
+    A clip too short for that is played back to frame 1 and then holds its last frame, as the community node does.
+    """
+    extra = total - frames
+    if extra < frames:
+        tail = [frames - 2 - i for i in range(extra)]
+    else:
+        tail = [*range(frames - 1, 0, -1), *[frames - 1] * (extra - frames + 1)]
+    return [*range(frames), *tail]
+
+
+def mirror_indices_before(frames: int, extra: int) -> list[int]:
+    """Frame numbers of a clip with `extra` mirrored frames in front: 3 2 1, 0 1 2 3 4. See `mirror_indices`."""
+    if extra < frames:
+        head = [*range(extra, 0, -1)]
+    else:
+        head = [*[frames - 1] * (extra - frames + 1), *range(frames - 1, 0, -1)]
+    return [*head, *range(frames)]
+
+
+def repeat_last_indices(frames: int, ranks: int = 1) -> list[int]:
+    """Frame numbers that lengthen a clip to what the published script needs, holding the last frame.
+
+    Args:
+        ranks: sequence-parallel processes the clip is spread over; each needs a whole latent frame.
+    """
+    return [*range(frames), *[frames - 1] * (padded_length(frames, LATENT_FRAMES * ranks) - frames)]
+
+
+def latent_grid(frames: int, height: int, width: int) -> Grid:
+    """Latent size of a padded clip: 4n+1 frames, height and width multiples of 16, all in pixels."""
+    return Grid((frames - 1) // LATENT_FRAMES + 1, height // LATENT_PIXELS, width // LATENT_PIXELS)
+
+
+def token_grid(frames: int, height: int, width: int) -> Grid:
+    """Tokens of the transformer for a padded clip, see `latent_grid`."""
+    t, h, w = latent_grid(frames, height, width)
+    return Grid(t, h // PATCH, w // PATCH)
+
+
+def to_clip(frames: Tensor) -> Tensor:
+    """0..1, what a user sees, to -1..1, what the model sees. Any layout; it is kept."""
+    return frames * 2 - 1
+
+
+def to_frames(clip: Tensor) -> Tensor:
+    """-1..1 to 0..1 in fp32, clamped. Any layout; it is kept."""
+    # fp32: the sum below costs half-precision values near zero the bits that tell two 8-bit codes apart.
+    return clip.float().clamp(-1, 1) * 0.5 + 0.5
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """0..1 to codes 0..255, rounded half to even. Truncation, seen elsewhere, darkens by half a code."""
+    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)

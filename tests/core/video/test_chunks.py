@@ -1,0 +1,100 @@
+"""Spans cover a clip exactly, fades are ramps, and both compose to the community node's batching."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from einops import rearrange
+
+from seedvr2_core.errors import SettingError
+from seedvr2_core.video import chunks, color, geometry
+
+
+@pytest.mark.parametrize(("frames", "length", "overlap"), [(1, 5, 0), (1, 5, 4), (12, 5, 2), (13, 4, 1), (100, 33, 8),
+                                                           (5, 5, 2), (6, 5, 4), (7, 100, 30)])
+def test_spans_cover_the_clip_and_overlap_as_asked(frames, length, overlap):
+    spans = chunks.split(frames, length, overlap)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == frames
+    assert all(stop - start == length for start, stop in spans[:-1])
+    assert all(before[1] - after[0] == overlap and after[1] > before[1] for before, after in pairwise(spans))
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(5, 5), (5, 6), (5, -1), (0, 0)])
+def test_an_overlap_as_long_as_the_chunk_is_refused(length, overlap):
+    with pytest.raises(SettingError, match="overlap"):
+        chunks.split(20, length, overlap)
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 3, 16])
+def test_every_faded_frame_holds_some_of_both_chunks(overlap):
+    weights = chunks.linear_weights(overlap)
+    assert weights.min() > 0 and weights.max() < 1
+    torch.testing.assert_close(weights.diff(), torch.full((overlap - 1,), 1 / (overlap + 1)))
+    torch.testing.assert_close(weights + weights.flip(0), torch.ones(overlap))
+
+
+def test_a_fade_between_equal_chunks_changes_nothing():
+    frames = torch.rand(4, 3, 5, 6)
+    assert torch.equal(chunks.crossfade(frames, frames), frames)
+
+
+def test_half_precision_fades_in_fp32():
+    a, b = torch.rand(2, 5, 3, 4, 4).bfloat16()
+    faded = chunks.crossfade(a, b)
+    assert faded.dtype == torch.bfloat16
+    assert torch.equal(faded, chunks.crossfade(a.float(), b.float()).bfloat16())
+
+
+def test_published_weights_and_blend_match(golden):
+    tensors, meta = golden("pipeline/temporal_blend")
+    for overlap, expected in meta["weight_of_previous"].items():
+        weights = 1 - chunks.plateau_cosine_weights(int(overlap))
+        torch.testing.assert_close(weights, torch.tensor(expected), atol=1e-6, rtol=0)
+    weights = chunks.plateau_cosine_weights(len(tensors["cur_head"]))
+    blended = chunks.crossfade(tensors["prev_tail"], tensors["cur_head"], weights)
+    torch.testing.assert_close(blended, tensors["blended"], atol=1e-6, rtol=0)
+
+
+def test_the_node_batching_is_a_composition_of_ours(golden):
+    tensors, meta = golden("pipeline/batching")
+    for name, case in meta["cases"].items():
+        assembled, output = node_upscale(tensors[f"{name}/frames01"], case)
+        before_post = rearrange(tensors[f"{name}/assembled_before_post"], "t h w c -> t c h w")
+        torch.testing.assert_close(assembled, before_post, atol=2e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        difference = (rearrange(output, "t c h w -> t h w c") - tensors[f"{name}/output01"]).abs()
+        if case["color_correction"] == "lab":
+            assert difference.max() < 2e-2 and (difference < 1e-5).float().mean() > 0.999
+        else:
+            assert difference.max() < 2e-6, name
+
+
+def node_upscale(frames01: torch.Tensor, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The community node with an identity for a model: batches of frames, blended, then corrected slice by slice."""
+    frames = rearrange(frames01, "t h w c -> t c h w")
+    prepended = case["prepend_frames"]
+    frames = frames[geometry.mirror_indices_before(len(frames), prepended)]
+    rows, columns = geometry.Target.short_side(case["resolution"]).size(*frames.shape[2:])
+    clip = geometry.to_clip(geometry.resize(frames, rows, columns))
+    clip = geometry.crop(clip, rows // 2 * 2, columns // 2 * 2)
+
+    spans = chunks.split(len(clip), case["batch_size"], case["temporal_overlap"])
+    assert [stop - start for start, stop in spans] == case["batch_kept_frames"]
+    full = case["batch_size"] if case["uniform_batch_size"] else 1
+    encoded = [geometry.padded_length(max(stop - start, full)) for start, stop in spans]
+    assert encoded == case["batch_encoded_frames"]
+
+    assembled, writes = clip[:0], []
+    for batch, (start, stop) in enumerate(spans):
+        decoded = clip[start:stop] + case["bump_per_batch"] * batch
+        shared = len(assembled) - start
+        writes.append((len(assembled), stop, batch))
+        weights = chunks.plateau_cosine_weights(shared)
+        blended = chunks.crossfade(assembled[start:], decoded[:shared], weights)
+        assembled = torch.cat([assembled[:start], blended, decoded[shared:]])
+    assert writes == [tuple(write) for write in case["writes"]]
+
+    correct = {"none": lambda content, style: content, "wavelet": color.capped_wavelet, "lab": color.lab}
+    correct = correct[case["color_correction"]]
+    slices = [correct(assembled[start:stop], clip[start:stop]) for start, stop, _ in writes]
+    return assembled, geometry.to_frames(torch.cat(slices))[prepended:]
