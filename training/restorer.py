@@ -1,0 +1,49 @@
+"""The transformer as training sees it: with the prompt that goes with it, and its three inputs put together.
+
+b clips   c channels   t h w latent frames, height, width   l text tokens
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from seedvr2_core.diffusion.conditioning import with_mask
+from seedvr2_core.models.dit import DiT, DiTConfig
+
+# Tokens of the learned prompt of a model that has no text encoder behind it.
+PROMPT_TOKENS = 8
+
+
+class Restorer(nn.Module):
+    """A transformer and its learned prompt; the null prompt is zeros."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.dit = DiT(config)
+        self.prompt = nn.Parameter(torch.randn(PROMPT_TOKENS, config.text_dim))
+        initialise(self.dit)
+
+    def velocity(self, x: Tensor, condition: Tensor, u: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Velocity b 16 t h w.
+
+        Args:
+            x: noisy latent b 16 t h w.
+            condition: degraded latent b 16 t h w.
+            u: b, time 0..1.
+            dropped: b, which samples get the null prompt; None: none of them.
+        """
+        prompts = [self.prompt] * len(x)
+        if dropped is not None:
+            prompts = [prompt * (not drop) for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+        return torch.stack(self.dit(torch.cat([x, with_mask(condition)], dim=1), prompts, u))
+
+
+@torch.no_grad()
+def initialise(dit: DiT) -> None:
+    """Weights N(0, 0.02); gates at zero, so that every layer begins as the identity; a last projection of zero."""
+    for name, parameter in dit.named_parameters():
+        if name.endswith("_gate") or name.startswith("vid_out.proj") or name.endswith(".bias"):
+            parameter.zero_()
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
