@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from ..attention import AttentionCall, Sequences, varlen_attention
 from ..errors import SettingError
+from ..video.geometry import PATCH, Grid
 from .rope import RopeBuffer, RopeKind, rotate, text_angles, video_angles
-from .windows import Grid, WindowConfig, window_tokens
+from .windows import WindowConfig, window_tokens
 
 NORM_EPS = 1e-5
-# Latent positions a token covers, in height and in width.
-PATCH = 2
 # Sines and cosines that describe a timestep.
 TIME_CHANNELS = 256
 # Timesteps are 0..1 everywhere else, 1 being pure noise; the embedding was trained on 0..1000.
@@ -129,12 +128,12 @@ def _window_layout(
     vid_angles, txt_angles = [], []
     vid_start, txt_start, place = 0, total, 0
     for grid, text_length in zip(grids, text_lengths, strict=True):
-        order, positions, shapes = window_tokens(grid, config.windows, shifted)
+        order, shapes = window_tokens(grid, config.windows, shifted)
         counts = [math.prod(shape) for shape in shapes]
-        sizes = torch.tensor(shapes).repeat_interleave(torch.tensor(counts), dim=0)
-        angles = video_angles(config.rope, config.head_dim, positions, sizes, text_length)
+        of_shape = {shape: video_angles(config.rope, config.head_dim, shape, text_length) for shape in set(shapes)}
+        angles = torch.cat([of_shape[shape] for shape in shapes])
         vid_angles.append(torch.empty_like(angles).index_copy_(0, order, angles))
-        angles = text_angles(config.rope, config.head_dim, text_length, angles.device)
+        angles = text_angles(config.rope, config.head_dim, text_length)
         # An angle of zero leaves text as it is.
         txt_angles.append(vid_angles[0].new_zeros(text_length, vid_angles[0].shape[1]) if angles is None else angles)
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..video.geometry import Grid
+
 # "video_text" (3B): whole positions, text rotated too, time counted on from the last text token.
 # "video" (7B): positions -1..1 across the window, text not rotated.
 RopeKind = Literal["video_text", "video"]
@@ -23,33 +25,35 @@ def frequencies(kind: RopeKind, head_dim: int) -> Tensor:
     """Frequencies of one axis; time, height and width have the same."""
     if kind == "video_text":
         channels = head_dim // 3
-        return 10000.0 ** (-torch.arange(0, channels // 2 * 2, 2, dtype=torch.float32) / channels)
+        # The reciprocal of a power, not a negative power: bit for bit what published checkpoints hold.
+        return 1 / 10000.0 ** (torch.arange(0, channels // 2 * 2, 2, dtype=torch.float32) / channels)
     count = head_dim // 2 // 3 // 2
     return math.pi * torch.linspace(1, 128, count, dtype=torch.float32)
 
 
-def video_angles(kind: RopeKind, head_dim: int, positions: Tensor, sizes: Tensor, text_length: int) -> Tensor:
-    """Angles n m of video tokens.
+def video_angles(kind: RopeKind, head_dim: int, window: Grid, text_length: int) -> Tensor:
+    """Angles n m of the tokens of one window, row-major (t, h, w).
 
     Args:
-        positions: n 3, (t, h, w) inside the window.
-        sizes: n 3, the size of that window.
+        window: size of the window, in tokens.
         text_length: tokens of the sample's text.
     """
     if kind == "video_text":
-        positions = positions.float() + torch.tensor([text_length, 0.0, 0.0], device=positions.device)
+        axes = [torch.arange(length, dtype=torch.float32) for length in window]
+        axes[0] += text_length
     else:
-        # A window of one token has its only position at -1, not at 0.
-        positions = 2 * positions.float() / (sizes - 1).clamp(min=1) - 1
-    return _angles(positions, frequencies(kind, head_dim).to(positions.device))
+        # A window of one token has its only position at -1, not at 0. linspace rounds as the published code does; with
+        # frequencies of up to 402 the last bit of a position shows in the output.
+        axes = [torch.linspace(-1, 1, length) for length in window]
+    return _angles(torch.cartesian_prod(*axes), frequencies(kind, head_dim))
 
 
-def text_angles(kind: RopeKind, head_dim: int, text_length: int, device: torch.device) -> Tensor | None:
+def text_angles(kind: RopeKind, head_dim: int, text_length: int) -> Tensor | None:
     """Angles l m of text tokens, or None where text is not rotated."""
     if kind == "video":
         return None
-    positions = torch.arange(text_length, dtype=torch.float32, device=device)[:, None].expand(-1, 3)
-    return _angles(positions, frequencies(kind, head_dim).to(device))
+    positions = torch.arange(text_length, dtype=torch.float32)[:, None].expand(-1, 3)
+    return _angles(positions, frequencies(kind, head_dim))
 
 
 def _angles(positions: Tensor, freqs: Tensor) -> Tensor:

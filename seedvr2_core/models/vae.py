@@ -270,31 +270,33 @@ class VideoVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode_slice(self, clip: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
+    def encode_slice(self, clip: Tensor, state: CausalState, last: bool = False) -> tuple[Tensor, CausalState]:
         """Encode the next frames of a clip.
 
         Args:
             clip: b 3 T H W in -1..1. T is 4n+1 where the clip starts, a multiple of 4 later.
             state: `CausalState()` where the clip starts, afterwards what the previous slice returned.
+            last: whether the clip ends here; then nothing is kept for a next slice.
 
         Returns:
             moments b 32 t h w (see `posterior`), and the state for the next slice.
         """
-        slice_ = Pass(state, keep=True)
-        return self.encoder(clip, slice_), slice_.kept
+        slice_ = Pass(state, keep=not last)
+        return self.encoder(clip, slice_), slice_.kept or CausalState()
 
-    def decode_slice(self, latent: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
+    def decode_slice(self, latent: Tensor, state: CausalState, last: bool = False) -> tuple[Tensor, CausalState]:
         """Decode the next latents of a clip, any number of them.
 
         Args:
             latent: b 16 t h w, in the autoencoder's own scale.
             state: `CausalState()` where the clip starts, afterwards what the previous slice returned.
+            last: whether the clip ends here; then nothing is kept for a next slice.
 
         Returns:
             clip b 3 T H W with T = 4(t-1)+1 where the clip starts, 4t later; and the state for the next slice.
         """
-        slice_ = Pass(state, keep=True)
-        return self.decoder(latent, slice_), slice_.kept
+        slice_ = Pass(state, keep=not last)
+        return self.decoder(latent, slice_), slice_.kept or CausalState()
 
     def encode(self, clip: Tensor, slice_frames: int | None = 4) -> Tensor:
         """Moments b 32 t h w of a whole clip b 3 T H W, T = 4n+1, working on `slice_frames` frames at a time.

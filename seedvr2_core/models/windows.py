@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Grid(NamedTuple):
-    """Sizes along time, height and width, in tokens."""
-
-    t: int
-    h: int
-    w: int
+from ..video.geometry import Grid
 
 
 class Span(NamedTuple):
@@ -63,7 +57,7 @@ def spans(length: int, window: int, shifted: bool) -> list[Span]:
     else:
         cuts = range(window, length, window)
     edges = [0, *(cut for cut in cuts if 0 < cut < length), length]
-    return [Span(*pair) for pair in zip(edges, edges[1:], strict=False)]
+    return [Span(*pair) for pair in pairwise(edges)]
 
 
 def windows(grid: Grid, config: WindowConfig, shifted: bool) -> list[tuple[Span, Span, Span]]:
@@ -73,22 +67,16 @@ def windows(grid: Grid, config: WindowConfig, shifted: bool) -> list[tuple[Span,
     return [(a, b, c) for c, b, a in product(w, h, t)]
 
 
-def window_tokens(grid: Grid, config: WindowConfig, shifted: bool) -> tuple[Tensor, Tensor, list[Grid]]:
+def window_tokens(grid: Grid, config: WindowConfig, shifted: bool) -> tuple[Tensor, list[Grid]]:
     """Which tokens each window holds.
 
     Returns:
         order: n, the row-major index of every token, window after window.
-        positions: n 3, the (t, h, w) position of those tokens inside their window.
         shapes: the size of every window.
     """
-    index = torch.arange(grid.t * grid.h * grid.w).view(grid)
-    order, positions, shapes = [], [], []
-    local: dict[Grid, Tensor] = {}
+    index = torch.arange(math.prod(grid)).view(grid)
+    order, shapes = [], []
     for t, h, w in windows(grid, config, shifted):
-        shape = Grid(t.stop - t.start, h.stop - h.start, w.stop - w.start)
-        if shape not in local:
-            local[shape] = torch.cartesian_prod(*(torch.arange(length) for length in shape)).view(-1, 3)
         order.append(index[t.start : t.stop, h.start : h.stop, w.start : w.stop].reshape(-1))
-        positions.append(local[shape])
-        shapes.append(shape)
-    return torch.cat(order), torch.cat(positions), shapes
+        shapes.append(Grid(t.stop - t.start, h.stop - h.start, w.stop - w.start))
+    return torch.cat(order), shapes
