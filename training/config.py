@@ -30,6 +30,9 @@ class OptimConfig:
     weight_decay: float = 0.01
     warmup: int = 100  # steps
     clip: float = 1.0  # norm of the gradient
+    # A weight with more inputs than this learns slower in proportion, as in muP: a step of Adam moves every entry by
+    # about lr, and a wide layer adds up all of them. None: one rate for all.
+    full_rate_inputs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

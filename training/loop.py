@@ -45,6 +45,16 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
+    """Parameters grouped by the share of the learning rate that they get, see `OptimConfig.full_rate_inputs`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        inputs = parameter[0].numel() if parameter.ndim > 1 else 1
+        rate = min(1.0, config.full_rate_inputs / inputs) if config.full_rate_inputs else 1.0
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "rate": rate} for rate, parameters in groups.items()]
+
+
 def run(stage: Stage, run_config: RunConfig, optim: OptimConfig, directory: Path) -> nn.Module:
     """Train to the last step and return the averaged weights. A run found in `directory` is continued.
 
@@ -54,7 +64,7 @@ def run(stage: Stage, run_config: RunConfig, optim: OptimConfig, directory: Path
     module = stage.module
     ema = EMA(module, run_config.ema)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+        parameter_groups(module, optim), betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
     first = 0
     if saved := state.load(directory):
@@ -70,7 +80,7 @@ def run(stage: Stage, run_config: RunConfig, optim: OptimConfig, directory: Path
         for step in tqdm(range(first, run_config.steps), initial=first, total=run_config.steps, desc=directory.name):
             start = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, run_config.steps, optim)
+                group["lr"] = group["rate"] * learning_rate(step, run_config.steps, optim)
             loss, scalars = stage.loss(step)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip)

@@ -1,0 +1,59 @@
+"""What this machine offers: the only file of the engine that looks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from .errors import SettingError
+
+log = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Assumed where the system does not say how much memory is free, in bytes.
+UNKNOWN_FREE = 4 << 30
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of this name; "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        SettingError: there is no such device, or it is not available here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"Device {name!r} cannot be used here ({_first_line(error)}); try 'cpu' or 'auto'.") from error
+    return device
+
+
+def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The type to compute in; "auto" is bf16 on a GPU that has it, else fp32.
+
+    fp16 is never chosen: activations of the transformer overflow in it.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, in bytes; a guess where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return UNKNOWN_FREE
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
