@@ -29,7 +29,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"Device {name!r} cannot be used here ({_first_line(error)}); try 'cpu' or 'auto'.") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError(f"Device {name!r} cannot be used here ({reason}); try 'cpu' or 'auto'.") from error
     return device
 
 
@@ -53,7 +54,3 @@ def free_bytes(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return UNKNOWN_FREE
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -15,11 +15,16 @@ from .published import MODELS
 
 log = logging.getLogger(__name__)
 
+# The demonstration model that comes with this package.
+ASSETS = Path(__file__).parent.parent / "assets"
+NANO_DIT, NANO_VAE = ASSETS / "nano_dit.safetensors", ASSETS / "nano_vae.safetensors"
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
 # Below a ComfyUI: the folder of the widespread plugin first, then those of ComfyUI's own loaders.
 COMFYUI_FOLDERS = ("SEEDVR2", "diffusion_models", "vae")
 # Larger is better, and what was published comes before what someone made.
 QUALITY = (SEEDVR2_7B, SEEDVR2_3B, SEEDVR2_VAE)
+# What a user may call a model.
+NAMED = {"3b": SEEDVR2_3B, "7b": SEEDVR2_7B}
 MULTI_STEP_FILES = tuple(model.file for model in MODELS.values() if not model.one_step)
 
 
@@ -63,3 +68,58 @@ def _rank(info: CheckpointInfo) -> tuple[bool, bool, int, Path]:
     quality = QUALITY.index(info.config) if info.config in QUALITY else len(QUALITY)
     # The shapes of the multi-step model are the same, so its published file name has to tell.
     return bool(info.why_not), info.path.name in MULTI_STEP_FILES, quality, info.path
+
+
+def pick(model: str | None = None, vae: Path | None = None) -> tuple[Path, Path]:
+    """Files of the transformer and the autoencoder to use.
+
+    Args:
+        model: "nano", "3b", "7b" or a file. None: the best published model on this machine that has its autoencoder,
+            else nano; which it is, is logged.
+        vae: file of the autoencoder. None: the one inside the transformer's file, beside it, or in the usual folders.
+
+    Raises:
+        CheckpointError: what was asked for is not on this machine.
+    """
+    if model == "nano":
+        return NANO_DIT, vae or NANO_VAE
+    if model is None:
+        return _best(vae)
+    if model in NAMED:
+        found = next((info for info in find_models(search_directories()) if info.config == NAMED[model]), None)
+        if found is None:
+            folders = ", ".join(map(str, search_directories()))
+            raise CheckpointError(f"No {model} model lies in {folders}; fetch it with: seedvr2 download {model}")
+        dit = found.path
+    else:
+        dit = Path(model)
+        if not dit.exists():
+            raise CheckpointError(f"{model!r} is neither nano, {', '.join(NAMED)} nor a file that exists.")
+    return dit, vae or _autoencoder(dit)
+
+
+def _best(vae: Path | None) -> tuple[Path, Path]:
+    published = [i for i in find_models(search_directories()) if i.config in NAMED.values() and not i.why_not]
+    for info in published:
+        try:
+            found = info.path, vae or _autoencoder(info.path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            continue
+        log.info("Using %s, the best model on this machine: %s", info.label, info.path)
+        return found
+    log.info("No published model is on this machine, so the small demonstration model nano is used; fetch a real one "
+             "with: seedvr2 download 3b && seedvr2 download vae")  # fmt: skip
+    return NANO_DIT, vae or NANO_VAE
+
+
+def _autoencoder(dit: Path) -> Path:
+    """The autoencoder for a transformer: in its file, beside it, or the published one in the usual folders."""
+    info = inspect(dit)
+    if any(part.kind == "vae" for part in info.parts):
+        return dit
+    beside = [i for i in find_models([dit.parent]) if i.kind == "vae" and not i.why_not]
+    usual = [i for i in find_models(search_directories()) if i.config == SEEDVR2_VAE and not i.why_not]
+    if found := next(iter([*beside, *usual]), None):
+        return found.path
+    raise CheckpointError(f"There is no autoencoder for {dit.name}; fetch it with: seedvr2 download vae")

@@ -1,0 +1,224 @@
+"""The command line: `seedvr2 restore IN OUT`, `seedvr2 info FILE`, `seedvr2 download NAME`.
+
+Exit codes: 0 done; 1 refused or failed, with one sentence on stderr; 2 wrong arguments; 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .attention import ATTENTION_NAMES
+from .checkpoints import inspect
+from .checkpoints.download import NAMES, download
+from .checkpoints.folders import EXTENSIONS, default_directory, pick
+from .device import DTYPES, pick_device, pick_dtype
+from .errors import SeedVR2Error
+from .pipeline import Report, Settings, load_models, restore_file
+from .video.color import COLOR_METHODS
+from .video.files import probe
+from .video.geometry import Target
+
+log = logging.getLogger(__name__)
+
+# Roughly how the time of a restoration is shared, so that the bar moves evenly.
+SHARES = {"encode": 0.25, "restore": 0.15, "decode": 0.6}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not args.verbose:
+        # Every request of the hub client would be a line.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        args.run(args)
+    except SeedVR2Error as error:
+        print(f"seedvr2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nseedvr2: interrupted; nothing half-written was left behind.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="seedvr2", description="Restore videos and images with SeedVR2.")
+    parser.add_argument("--verbose", action="store_true", help="say what happens inside")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_restore(commands.add_parser("restore", help="restore a video, an image or a folder of images"))
+    _add_info(commands.add_parser("info", help="say what a media file or a checkpoint is"))
+    _add_download(commands.add_parser("download", help="fetch published weights"))
+    return parser
+
+
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_restore)
+    parser.add_argument("input", type=Path, metavar="IN", help="video, image or folder of numbered images")
+    parser.add_argument("output", type=Path, metavar="OUT", help="file to write; without a suffix: folder of images")
+    parser.add_argument("--model", help="nano, 3b, 7b or a file (default: the best found on this machine, else nano)")
+    parser.add_argument("--vae", type=Path, help="autoencoder (default: the one that belongs to the model)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, help="enlarge by this factor (default: 2)")
+    size.add_argument("--short-side", type=int, metavar="PIXELS", help="pixels of the shorter side")
+    size.add_argument("--long-side", type=int, metavar="PIXELS", help="pixels of the longer side")
+    size.add_argument("--megapixels", type=float, metavar="MP", help="millions of pixels of a frame")
+    size.add_argument("--size", type=_width_x_height, metavar="WxH", help="exactly this width and height")
+    size.add_argument("--same", action="store_true", help="restore without enlarging")
+    parser.add_argument("--color", choices=COLOR_METHODS, default=Settings.color, help="how colours follow the source")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="same seed, same result")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="sampling steps; SeedVR2 needs one")
+    parser.add_argument("--cfg", type=float, default=Settings.cfg, help="guidance, for the multi-step SeedVR")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type to compute in")
+    parser.add_argument("--attention", choices=ATTENTION_NAMES, default=Settings.attention, help="implementation")
+    parser.add_argument("--chunk", type=_auto_or_int, default=None, metavar="auto|N", help="frames seen at once")
+    parser.add_argument("--fps", type=Fraction, default=Fraction(24), help="frame rate of a folder of images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a report of the run")
+
+
+def run_restore(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    settings = Settings(
+        target=_target(args),
+        color=args.color,
+        seed=args.seed,
+        steps=args.steps,
+        cfg=args.cfg,
+        attention=args.attention,
+        chunk=args.chunk,
+    )
+    probe(args.input)  # a wrong input is refused before gigabytes are loaded
+    models = load_models(*pick(args.model, args.vae), device, pick_dtype(args.dtype, device))
+    with Bar() as bar:
+        report = restore_file(args.input, args.output, models, settings, bar, args.fps)
+    log.info("%s: %d frames in %.1f s", report.destination, report.frames, report.seconds)
+    if args.json:
+        args.json.write_text(json.dumps(_report(report, settings, device), indent=1) + "\n")
+
+
+def _report(report: Report, settings: Settings, device: torch.device) -> dict[str, Any]:
+    row = {**dataclasses.asdict(report), "settings": {**dataclasses.asdict(settings), "target": str(settings.target)}}
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    row["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        row["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    row |= {"device": str(device), "torch": torch.__version__}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in row.items()}
+
+
+def _target(args: argparse.Namespace) -> Target:
+    if args.short_side is not None:
+        return Target.short_side(args.short_side)
+    if args.long_side is not None:
+        return Target.long_side(args.long_side)
+    if args.megapixels is not None:
+        return Target.megapixels(args.megapixels)
+    if args.size is not None:
+        return Target.exact(*args.size)
+    if args.same:
+        return Target.same()
+    return Settings.target if args.scale is None else Target.scale(args.scale)
+
+
+class Bar:
+    """A progress bar for a restoration: stage, share done, time left. A callable for `on_progress`."""
+
+    def __enter__(self) -> Bar:
+        self._done = dict.fromkeys(SHARES, 0.0)
+        self._bar = tqdm(total=100, bar_format="{desc:8} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._bar.close()
+
+    def __call__(self, stage: str, done: float, total: int | None) -> None:
+        self._done[stage] = done
+        self._bar.set_description_str(stage, refresh=False)
+        if total:
+            share = sum(SHARES[name] * min(1.0, value / total) for name, value in self._done.items())
+            self._bar.n = 100 * share
+        self._bar.set_postfix_str(f"{int(self._done['decode'])}/{total or '?'} frames", refresh=False)
+        self._bar.refresh()
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_info)
+    parser.add_argument("file", type=Path, metavar="FILE", help="video, image, folder of images or checkpoint")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    if args.file.suffix.lower() in EXTENSIONS:
+        info = inspect(args.file)
+        rows = {
+            "kind": info.label,
+            "format": f"{info.format}, mostly {info.dtype}",
+            "size": f"{info.size:,} bytes, {info.tensors} tensors, {info.parameters:,} parameters",
+            "prompts": ", ".join(info.prompts) or "none inside",
+            "prefix": info.prefix or "none",
+            "loadable": info.why_not or "yes",
+        }
+    else:
+        rows = {name: value for name, value in dataclasses.asdict(probe(args.file)).items() if value not in (None, ())}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {', '.join(value) if isinstance(value, tuple) else value}")
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_download)
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--dir", type=Path, help=f"folder to put it in (default: {default_directory()})")
+
+
+def run_download(args: argparse.Namespace) -> None:
+    bars: dict[str, tqdm] = {}
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        bar = bars.get(stage)
+        if bar is None or bar.total != total:
+            bar = bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True)
+        bar.update(done - bar.n)
+
+    for path in download(args.name, args.dir, on_progress):
+        print(path)
+
+
+def _width_x_height(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 1920x1080") from None
+
+
+def _auto_or_int(text: str) -> int | None:
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of frames") from None
+
+
+def _terminate(number: int, frame: object) -> None:
+    # Unwinds like Ctrl-C, so that nothing half-written stays behind.
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
