@@ -45,6 +45,7 @@ from .video.geometry import (
     padded_size,
     resize,
     to_clip,
+    to_floats,
     to_frames,
     token_grid,
 )
@@ -188,7 +189,7 @@ def restore_file(
     def pixels(reader: Iterable) -> Iterator[Tensor]:
         for frame in reader:
             moments.append(frame.time)
-            yield frame.floats()
+            yield frame.pixels
 
     written = 0
     with open_reader(info) as reader, open_writer(destination, info, width=width, height=height) as writer:
@@ -352,14 +353,14 @@ class _Life:
             content = transfer(content, to_clip(self.fit(sources)))
             frames = to_frames(content)
             if sources[0].shape[-1] == 4:
-                alpha = torch.stack([source[..., 3:] for source in sources]).permute(0, 3, 1, 2)
+                alpha = torch.stack([to_floats(source[..., 3:]) for source in sources]).permute(0, 3, 1, 2)
                 frames = torch.cat([frames, upscale_alpha(alpha.to(content.device), content)], dim=1)
             yield frames.permute(0, 2, 3, 1).cpu()
 
     def fit(self, frames: list[Tensor]) -> Tensor:
         """Colours of source frames T 3 H W in 0..1, on the device and in the size of the result."""
-        clip = torch.stack([frame[..., :3] for frame in frames]).permute(0, 3, 1, 2)
-        return resize(clip.to(self.models.device), *self.size)
+        clip = torch.stack([to_floats(frame[..., :3].to(self.models.device)) for frame in frames])
+        return resize(clip.permute(0, 3, 1, 2), *self.size)
 
     def report(self, stage: Stage, done: float) -> None:
         self.on_progress(stage, done if self.total is None else min(done, self.total), self.total)

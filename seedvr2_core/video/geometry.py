@@ -223,6 +223,11 @@ def token_grid(frames: int, height: int, width: int) -> Grid:
     return Grid(t, h // PATCH, w // PATCH)
 
 
+def to_floats(pixels: Tensor) -> Tensor:
+    """Codes in uint8 or uint16 to fp32 in 0..1; what is floating already is left alone. Any layout; it is kept."""
+    return pixels if pixels.is_floating_point() else pixels.float() / torch.iinfo(pixels.dtype).max
+
+
 def to_clip(frames: Tensor) -> Tensor:
     """0..1, what a user sees, to -1..1, what the model sees. Any layout; it is kept."""
     return frames * 2 - 1

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MediaError
+from .geometry import to_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Frame:
 
     def floats(self) -> Tensor:
         """The pixels as float32 (H, W, c), 0..1."""
-        return self.pixels.float() / torch.iinfo(self.pixels.dtype).max
+        return to_floats(self.pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
