@@ -35,13 +35,24 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The type to compute in; "auto" is bf16 on a GPU that has it, else fp32.
+    """The type to compute in; "auto" is bf16 where the hardware multiplies in it, else fp32.
 
     fp16 is never chosen: activations of the transformer overflow in it.
     """
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and _cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Elsewhere bf16 is emulated on a CPU, and slower than fp32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def free_bytes(device: torch.device) -> int:

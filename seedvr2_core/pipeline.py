@@ -22,12 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .attention import resolve
 from .checkpoints import Prompts, inspect, load_dit, load_prompts, load_vae
 from .device import free_bytes
 from .diffusion.conditioning import augment, frame_noise, with_mask
 from .diffusion.sampler import guide, sample
 from .errors import MediaError, SettingError
 from .models.dit import DiT, DiTConfig, Layout, make_layout
+from .models.dit import token_grid as token_grid_of
 from .models.vae import CausalState, VideoVAE, posterior
 from .video.alpha import upscale_alpha
 from .video.chunks import crossfade
@@ -183,7 +185,7 @@ def restore_file(
     info = probe(source, fps=fps)
     height, width = settings.target.size(info.height, info.width)
     chunk = chunk_latents(models, settings, height, width)
-    log_plan(info, models, height, width, chunk)
+    log_plan(info, models, settings, height, width, chunk)
     moments: deque = deque()
 
     def pixels(reader: Iterable) -> Iterator[Tensor]:
@@ -242,6 +244,7 @@ class _Life:
         self.models, self.settings, self.size, self.total, self.on_progress = models, settings, size, total, on_progress
         self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
         self.layouts: dict[tuple[Grid, int], Layout] = {}
+        self.attention = attention_name(models, settings)
 
     def pieces(self, frames: Frames) -> Iterator[tuple[list[Tensor], bool]]:
         """Frames in pieces that the autoencoder takes: 4n+1 first, then 4n, the last completed by mirroring; and
@@ -314,7 +317,7 @@ class _Life:
     def velocity(self, latent: Tensor, prompt: Tensor, u: float, start: int, call: int, calls: int) -> Tensor:
         models, t = self.models, latent.shape[2]
         prompt = prompt.to(models.device, models.dtype)
-        grid = token_grid_of(latent)
+        grid = token_grid_of(latent[0])
         if (key := (grid, len(prompt))) not in self.layouts:
             self.layouts[key] = make_layout([grid], [len(prompt)], models.dit.config, models.device)
 
@@ -326,7 +329,7 @@ class _Life:
             [prompt],
             torch.tensor([u], device=models.device),
             layout=self.layouts[key],
-            attention=self.settings.attention,
+            attention=self.attention,
             on_block=on_block,
         )
         return torch.stack(out).float()
@@ -401,18 +404,17 @@ def bytes_per_token(config: DiTConfig, dtype: torch.dtype) -> int:
     return (16 * config.dim + 3 * config.mlp_hidden) * dtype.itemsize
 
 
-def token_grid_of(latent: Tensor) -> Grid:
-    """Token grid of a latent b c t h w."""
-    t, h, w = latent.shape[2:]
-    return Grid(t, h // 2, w // 2)
+def attention_name(models: Models, settings: Settings) -> str:
+    """The attention that will run; one that cannot is refused before any work."""
+    return resolve(settings.attention, models.device, models.dtype, models.dit.config.head_dim)
 
 
-def log_plan(info: MediaInfo, models: Models, height: int, width: int, chunk: int) -> None:
+def log_plan(info: MediaInfo, models: Models, settings: Settings, height: int, width: int, chunk: int) -> None:
     """One line with everything that was decided for this clip."""
     latents = latent_grid(padded_length(info.frames), *padded_size(height, width)).t if info.frames else None
     passes = "one pass" if latents is not None and latents <= chunk else f"passes of {LATENT_FRAMES * (chunk - 1) + 1}"
     log.info(
-        "%s: %s frames, %d x %d -> %d x %d, %s on %s in %s, %s",
+        "%s: %s frames, %d x %d -> %d x %d, %s on %s in %s, %s, attention %s",
         info.path.name,
         "?" if info.frames is None else info.frames,
         info.width,
@@ -423,4 +425,5 @@ def log_plan(info: MediaInfo, models: Models, height: int, width: int, chunk: in
         models.device,
         str(models.dtype).removeprefix("torch."),
         passes,
+        attention_name(models, settings),
     )

@@ -110,10 +110,21 @@ def _parse(kind: Any, text: str, key: str) -> Any:
         kind = next(option for option in options if option is not type(None))
     try:
         if typing.get_origin(kind) is tuple:
-            item = typing.get_args(kind)[0]
-            return tuple(item(part) for part in text.split(","))
+            return _parse_tuple(typing.get_args(kind), text)
+        if typing.get_origin(kind) is typing.Literal:
+            return {str(option): option for option in typing.get_args(kind)}[text]
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
+        if dataclasses.is_dataclass(kind):
+            raise TypeError("a group of settings has no value of its own")
         return kind(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{key!r} takes {kind}, got {text!r}.") from error
+        name = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise SettingError(f"{key!r} takes {name}, got {text!r}.") from error
+
+
+def _parse_tuple(items: tuple[Any, ...], text: str) -> tuple:
+    parts = text.split(",")
+    if items[-1] is not Ellipsis and len(parts) != len(items):
+        raise ValueError(f"{len(items)} values are needed")
+    return tuple(items[0](part) for part in parts)

@@ -22,11 +22,6 @@ def kl(mean: Tensor, std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
 
 
-def velocity(noise: Tensor, data: Tensor) -> Tensor:
-    """What the transformer predicts: noise minus data (training.md section 1; a flipped sign still trains)."""
-    return noise - data
-
-
 def spectral(a: Tensor, b: Tensor) -> Tensor:
     """Weight-free stand-in for a perceptual loss between clips b 3 T H W in -1..1; H and W at least 32.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from seedvr2_core.device import pick_device, pick_dtype
 from seedvr2_core.models.vae import VideoVAE, posterior
 from seedvr2_core.pipeline import Models, Settings, load_models, restore
 from seedvr2_core.video.geometry import Target, crop, pad_to_multiple, to_clip, to_frames
@@ -42,9 +43,9 @@ def score(item: EvalItem, models: Models, settings: Settings) -> dict[str, dict[
 @torch.inference_mode()
 def reconstruct(vae: VideoVAE, frames: Tensor) -> Tensor:
     """Frames T 3 H W in 0..1 through the autoencoder and back; T = 4n+1."""
-    clip = pad_to_multiple(to_clip(frames)).transpose(0, 1)[None]
+    clip = pad_to_multiple(to_clip(frames)).transpose(0, 1)[None].to(next(vae.parameters()))
     decoded = vae.decode(posterior(vae.encode(clip))[0])[0].transpose(0, 1)
-    return to_frames(crop(decoded, *frames.shape[2:]))
+    return to_frames(crop(decoded, *frames.shape[2:])).cpu()
 
 
 def summary(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, float | bool]:
@@ -68,10 +69,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--frames", type=int, default=17, help="frames of a clip, 4n+1")
     parser.add_argument("--side", type=int, help="cut a centred square of at most this many pixels; default: whole")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--color", default=Settings.color)
     args = parser.parse_args()
-    models = load_models(args.dit, args.vae, torch.device("cpu"), torch.float32)
+    device = pick_device(args.device)
+    models = load_models(args.dit, args.vae, device, pick_dtype("auto", device))
     settings = Settings(color=args.color, steps=args.steps)
     rows, kinds = {}, {}
     for item in tqdm(eval_items(args.data, args.side, args.frames)):
@@ -82,6 +85,8 @@ def main() -> None:
         "side": args.side,
         "color": args.color,
         "steps": args.steps,
+        "device": str(device),
+        "dtype": str(models.dtype),
         "torch": torch.__version__,
         "summary": summary(rows),
     }
