@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seedvr2_core.diffusion.conditioning import augment, frame_noise
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.diffusion.schedule import interpolate, shift, shift_factor, velocity
+from seedvr2_core.errors import CheckpointError
 from seedvr2_core.models.dit import DiTConfig
 from seedvr2_core.models.windows import WindowConfig
 
@@ -76,7 +77,7 @@ class Latents:
     def __init__(self, directory: Path, seed: int):
         self.kinds = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
         if not self.kinds:
-            raise FileNotFoundError(f"{directory} holds no latents; run `python -m training.precompute` first.")
+            raise CheckpointError(f"{directory} holds no latents; run `python -m training.precompute` first.")
         self.seed = seed
         self.scale = 1 / torch.cat([kind["hq"].flatten() for kind in self.kinds]).std().item()
 

@@ -20,7 +20,7 @@ from seedvr2_core.models.vae import VAEConfig, VideoVAE, posterior
 
 from . import loop, losses, state
 from .config import OptimConfig, RunConfig, parse_command
-from .data import Dataset, decode
+from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
 from .linear_start import start_linear
 from .randomness import torch_rng
 
@@ -101,7 +101,9 @@ def load_run(directory: Path, config: VAEConfig) -> VideoVAE:
 def held_out_crops(root: Path, size: int = 256, frames: int = 9) -> list[Tensor]:
     """The middle of every evaluation picture and clip, 1 3 T size size in -1..1."""
     crops = []
-    for path in sorted([*(root / "eval" / "images").iterdir(), *(root / "eval" / "clips").iterdir()]):
+    held_out = root / "eval"
+    paths = [*list_media(held_out / "images", IMAGE_SUFFIXES), *list_media(held_out / "clips", CLIP_SUFFIXES)]
+    for path in paths:
         pixels = torch.from_numpy(decode(path)[:frames].copy()).permute(3, 0, 1, 2)
         top, left = ((side - size) // 2 for side in pixels.shape[2:])
         crops.append(pixels[None, :, :, top : top + size, left : left + size] / 127.5 - 1)

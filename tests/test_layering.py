@@ -1,0 +1,107 @@
+"""nodes -> seedvr2_core <- training, and the rooms of the core: who may import whom, read off the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = "seedvr2_core"
+PACKAGES = (CORE, "nodes", "training")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+# What a room of the core may use of the others. A room is a folder or a file; everyone may use `errors`.
+ROOMS = {
+    "errors": set(),
+    "device": set(),
+    "video": set(),
+    "attention": set(),
+    "diffusion": {"video.geometry"},
+    "models": {"attention", "video.geometry"},
+    "checkpoints": {"models", "video.geometry"},
+    "memory": {"models", "video.geometry"},
+}
+# These stand above every room.
+TOP = {"__init__", "__main__", "pipeline"}
+MEDIA_LIBRARIES = {"PIL", "av"}
+KERNEL_LIBRARIES = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers"}
+
+
+def dotted(path: Path) -> list[str]:
+    """The module name of a file, its package's `__init__` included."""
+    return list(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Every import of a file, wherever it stands: (dots in front, absolute module name)."""
+    here = dotted(path)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            # `from . import windows` names modules; `from .windows import Span` does not, and does no harm here.
+            yield from ((node.level, ".".join([*module, alias.name])) for alias in node.names)
+
+
+def libraries(path: Path) -> set[str]:
+    return {name.split(".")[0] for dots, name in imports(path) if dots == 0}
+
+
+def identity(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("package", [CORE, "training"])
+def test_there_is_something_to_check(package):
+    assert any(dotted(path)[0] == package for path in FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=identity)
+def test_packages_depend_on_the_core_and_never_on_each_other(path):
+    package = dotted(path)[0]
+    used = {name.split(".")[0] for _, name in imports(path)}
+    assert not used & (set(PACKAGES) - {package, CORE})
+    if package == CORE:
+        assert not used & {"comfy", "comfy_api", "folder_paths", "server", "execution"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if dotted(path)[0] != "training"], ids=identity)
+def test_the_plugin_imports_itself_relatively(path):
+    # ComfyUI loads the folder under a name of its own.
+    assert not libraries(path) & set(PACKAGES)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if dotted(path)[0] == CORE], ids=identity)
+def test_a_room_uses_only_the_rooms_below_it(path):
+    room = dotted(path)[1]
+    if room in TOP:
+        return
+    assert room in ROOMS, f"{room} is a new room; say in ROOMS what it builds on"
+    allowed = {f"{CORE}.{name}" for name in {"errors", room} | ROOMS[room]}
+    used = {name for _, name in imports(path) if name.startswith(f"{CORE}.")}
+    foreign = {name for name in used if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)}
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", FILES, ids=identity)
+def test_libraries_stay_in_their_rooms(path):
+    package, *rest = dotted(path)
+    if package != "training" and [package, *rest][:2] != [CORE, "video"]:
+        assert not libraries(path) & MEDIA_LIBRARIES
+    if [package, *rest][:2] != [CORE, "attention"]:
+        assert not libraries(path) & KERNEL_LIBRARIES
+    if [package, *rest] != ["nodes", "host"]:
+        assert "comfy" not in libraries(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=identity)
+def test_nothing_catches_whatever_may_come(path):
+    handlers = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ExceptHandler)]
+    caught = [ast.walk(handler.type) if handler.type else [ast.Name("BaseException")] for handler in handlers]
+    names = {node.id for nodes in caught for node in nodes if isinstance(node, ast.Name)}
+    assert not names & {"Exception", "BaseException"}

@@ -1,0 +1,124 @@
+"""The autoencoder's stage: its crops, its loss, its held-out score, and an exact resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import loop, state
+from training import vae as vae_stage
+from training.config import OptimConfig, RunConfig
+from training.data import DataConfig, Dataset
+from training.procedural import still
+from training.vae import NANO_VAE, Crops, VAEStage, VAETraining, held_out_crops
+
+CONFIG = VAETraining(
+    model=NANO_VAE,
+    run=RunConfig(steps=4, save_every=2, validate_every=4),
+    optim=OptimConfig(lr=1e-4, final_lr=1e-5, warmup=0, full_rate_inputs=50),
+    crops=(Crops(batch=1, size=32, frames=5), Crops(batch=2, size=32)),
+)
+
+
+class Stopping(VAEStage):
+    """The stage in a process that ends at step 2."""
+
+    def loss(self, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return super().loss(step)
+
+
+@pytest.fixture(scope="module")
+def data():
+    pictures = [still(0, index, 192)[None] for index in range(3)]
+    return Dataset(pictures, [], [], DataConfig(stills=0, max_reduction=1.0))
+
+
+@pytest.fixture(scope="module")
+def held_out(data):
+    return [
+        data.sample_batch(1000, batch=1, size=32),
+        data.sample_batch(1000, kind="clip", batch=1, size=32, frames=5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stage(data, held_out):
+    """Shared, so leave it as it is."""
+    return VAEStage(CONFIG, data, held_out)
+
+
+def test_kinds_of_crops_take_turns(stage):
+    assert [stage.loss(step)[1]["frames"] for step in range(4)] == [5, 1, 5, 1]
+
+
+def test_the_loss_of_a_step_depends_on_the_step_alone(stage):
+    first = stage.loss(1)[0].item()
+    torch.manual_seed(99)
+    assert stage.loss(1)[0].item() == first
+    assert stage.loss(3)[0].item() != first
+
+
+def test_the_loss_is_the_weighted_sum_of_the_logged_terms(stage):
+    loss, terms = stage.loss(0)
+    expected = terms["l1"] + CONFIG.w_spectral * terms["spectral"] + CONFIG.w_kl * terms["kl"]
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_score_of_pictures_and_of_clips_is_their_psnr(stage, held_out):
+    scores = stage.validate(stage.module)
+    assert scores.keys() == {"psnr_image", "psnr_clip"}
+    # A linear codec on leaves and gratings: rough, but a picture.
+    assert all(12 < score < 40 for score in scores.values())
+
+    class Identity:
+        def encode(self, clip):
+            return torch.cat([clip, torch.zeros_like(clip)], dim=1)
+
+        def decode(self, latent):
+            return latent + 0.2
+
+    # 0.2 in -1..1 is a tenth of the range, less where the sum is clamped.
+    assert stage.validate(Identity())["psnr_image"] == pytest.approx(20.0, abs=1.0)
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch(data, held_out):
+    stage = VAEStage(replace(CONFIG, crops=CONFIG.crops[1:]), data, held_out)
+    groups = loop.parameter_groups(stage.module, CONFIG.optim)
+    optimizer = torch.optim.AdamW([{**group, "lr": 1e-3 * group["rate"]} for group in groups], weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        loss, _ = stage.loss(0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_an_interrupted_run_continues_to_the_bit(data, held_out, tmp_path):
+    whole = loop.run(VAEStage(CONFIG, data, held_out), CONFIG.run, CONFIG.optim, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(Stopping(CONFIG, data, held_out), CONFIG.run, CONFIG.optim, tmp_path / "halves")
+    assert state.load(tmp_path / "halves")["step"] == 2
+    loop.run(VAEStage(CONFIG, data, held_out), CONFIG.run, CONFIG.optim, tmp_path / "halves")
+    halves = vae_stage.load_run(tmp_path / "halves", NANO_VAE)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_held_out_crops_are_the_middle_of_every_picture(tmp_path):
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[8:40, 16:48] = 255
+    for kind in ("images", "clips"):
+        (tmp_path / "eval" / kind).mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "eval/images/middle.png")
+    (tmp_path / "eval/images/notes.txt").write_text("not a picture")
+    (crop,) = held_out_crops(tmp_path, size=32)
+    assert crop.shape == (1, 3, 1, 32, 32)
+    assert (crop == 1).all()
