@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,12 +20,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 from .attention import ATTENTION_NAMES
 from .checkpoints import inspect
 from .checkpoints.download import NAMES, download
 from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
-from .errors import SeedVR2Error
+from .errors import SeedVR2Error, SettingError
 from .pipeline import Report, Settings, load_models, restore_file
 from .video.color import COLOR_METHODS
 from .video.files import probe
@@ -88,7 +92,7 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type to compute in")
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default=Settings.attention, help="implementation")
     parser.add_argument("--chunk", type=_auto_or_int, default=None, metavar="auto|N", help="frames seen at once")
-    parser.add_argument("--fps", type=Fraction, default=Fraction(24), help="frame rate of a folder of images")
+    parser.add_argument("--fps", type=_rate, default=Fraction(24), help="frame rate of a folder of images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report of the run")
 
 
@@ -109,18 +113,26 @@ def run_restore(args: argparse.Namespace) -> None:
         report = restore_file(args.input, args.output, models, settings, bar, args.fps)
     log.info("%s: %d frames in %.1f s", report.destination, report.frames, report.seconds)
     if args.json:
-        args.json.write_text(json.dumps(_report(report, settings, device), indent=1) + "\n")
+        _save(args.json, _report(report, settings, device))
 
 
 def _report(report: Report, settings: Settings, device: torch.device) -> dict[str, Any]:
     row = {**dataclasses.asdict(report), "settings": {**dataclasses.asdict(settings), "target": str(settings.target)}}
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    row["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if resource:
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        row["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         row["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     row |= {"device": str(device), "torch": torch.__version__}
     return {name: str(value) if isinstance(value, Path) else value for name, value in row.items()}
+
+
+def _save(path: Path, row: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(row, indent=1) + "\n")
+    except OSError as error:
+        raise SettingError(f"The report {path} cannot be written ({error.strerror}), but the media are.") from error
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -138,17 +150,24 @@ def _target(args: argparse.Namespace) -> Target:
 
 
 class Bar:
-    """A progress bar for a restoration: stage, share done, time left. A callable for `on_progress`."""
+    """A progress bar for a restoration: stage, share done, time left. A callable for `on_progress`.
+
+    It appears with the first progress, so that a refusal stands alone.
+    """
 
     def __enter__(self) -> Bar:
         self._done = dict.fromkeys(SHARES, 0.0)
-        self._bar = tqdm(total=100, bar_format="{desc:8} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
+        self._bar: tqdm | None = None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, stage: str, done: float, total: int | None) -> None:
+        if self._bar is None:
+            form = "{desc:8} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
+            self._bar = tqdm(total=100, bar_format=form)
         self._done[stage] = done
         self._bar.set_description_str(stage, refresh=False)
         if total:
@@ -206,6 +225,15 @@ def _width_x_height(text: str) -> tuple[int, int]:
         return int(height), int(width)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 1920x1080") from None
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        if (rate := Fraction(text)) > 0:
+            return rate
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no frame rate; write it as 24 or 24000/1001")
 
 
 def _auto_or_int(text: str) -> int | None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -104,8 +105,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SettingError(f"steps is {self.steps}; at least 1 step is needed.")
-        if self.cfg < 1:
-            raise SettingError(f"cfg is {self.cfg:g}; guidance starts at 1, which is none.")
+        if not 1 <= self.cfg < math.inf:
+            raise SettingError(f"cfg is {self.cfg:g}; guidance is a number from 1, which is none.")
         shortest = LATENT_FRAMES * OVERLAP + 1
         if self.chunk is not None and self.chunk < shortest:
             raise SettingError(f"A chunk of {self.chunk} frames is too short; use {shortest} or more.")
@@ -186,6 +187,8 @@ def restore_file(
     height, width = settings.target.size(info.height, info.width)
     chunk = chunk_latents(models, settings, height, width)
     log_plan(info, models, settings, height, width, chunk)
+    # Decided once: the memory that is free changes during the work.
+    settings = replace(settings, chunk=LATENT_FRAMES * (chunk - 1) + 1)
     moments: deque = deque()
 
     def pixels(reader: Iterable) -> Iterator[Tensor]:
@@ -206,7 +209,7 @@ def restore_file(
         width=width,
         height=height,
         seconds=round(time.perf_counter() - start, 3),
-        chunk=LATENT_FRAMES * (chunk - 1) + 1,
+        chunk=settings.chunk,
     )
 
 
@@ -245,6 +248,8 @@ class _Life:
         self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
         self.layouts: dict[tuple[Grid, int], Layout] = {}
         self.attention = attention_name(models, settings)
+        self.prompts = [prompt.to(models.device, models.dtype) for prompt in prompts_of(models, settings)]
+        self.restored = 0  # latents that have been through the transformer
 
     def pieces(self, frames: Frames) -> Iterator[tuple[list[Tensor], bool]]:
         """Frames in pieces that the autoencoder takes: 4n+1 first, then 4n, the last completed by mirroring; and
@@ -282,6 +287,7 @@ class _Life:
         length = chunk_latents(self.models, self.settings, *self.size)
         for start, condition, last in chunks(conditions, length):
             out = self.sample(condition, start)[:, emitted - start :]
+            self.restored = start + condition.shape[1]
             if tail is not None:
                 head = crossfade(tail.transpose(0, 1), out[:, :OVERLAP].transpose(0, 1)).transpose(0, 1)
                 out = torch.cat([head, out[:, OVERLAP:]], dim=1)
@@ -300,29 +306,23 @@ class _Life:
             doubt = frame_noise(settings.seed + 1, start, t, channels, h, w)[None].to(models.device)
             condition = augment(condition, doubt, MULTI_STEP_NOISE)
         condition = with_mask(condition)
-        prompts = [models.prompts.positive]
-        if settings.cfg != 1:
-            if models.prompts.negative is None:
-                raise SettingError(f"{models.label} came without a negative prompt, which guidance needs; use cfg 1.")
-            prompts.append(models.prompts.negative)
-        passes, calls = settings.steps * len(prompts), itertools.count()
+        passes, calls = settings.steps * len(self.prompts), itertools.count()
 
         def velocity(x: Tensor, u: float) -> Tensor:
             latent = torch.cat([x, condition], dim=1).to(models.dtype)
-            answers = [self.velocity(latent, prompt, u, start, next(calls), passes) for prompt in prompts]
+            answers = [self.velocity(latent, prompt, u, start, next(calls), passes) for prompt in self.prompts]
             return guide(*answers, settings.cfg) if len(answers) == 2 else answers[0]
 
         return sample(velocity, noise, settings.steps)[0]
 
     def velocity(self, latent: Tensor, prompt: Tensor, u: float, start: int, call: int, calls: int) -> Tensor:
-        models, t = self.models, latent.shape[2]
-        prompt = prompt.to(models.device, models.dtype)
-        grid = token_grid_of(latent[0])
+        models, grid = self.models, token_grid_of(latent[0])
+        new = start + grid.t - self.restored  # the rest was counted with the chunk before
         if (key := (grid, len(prompt))) not in self.layouts:
             self.layouts[key] = make_layout([grid], [len(prompt)], models.dit.config, models.device)
 
         def on_block(done: int, blocks: int) -> None:
-            self.report("restore", LATENT_FRAMES * (start + t * (call + done / blocks) / calls))
+            self.report("restore", LATENT_FRAMES * (self.restored + new * (call + done / blocks) / calls))
 
         out = models.dit(
             latent,
@@ -402,6 +402,15 @@ def bytes_per_token(config: DiTConfig, dtype: torch.dtype) -> int:
     """About what one token takes while it passes through a layer: the streams, queries, keys and values before and
     after they are dealt into windows, and the feed-forward's hidden layer."""
     return (16 * config.dim + 3 * config.mlp_hidden) * dtype.itemsize
+
+
+def prompts_of(models: Models, settings: Settings) -> list[Tensor]:
+    """The positive prompt and, for guidance, the negative one; a missing one is told before any work."""
+    if settings.cfg == 1:
+        return [models.prompts.positive]
+    if models.prompts.negative is None:
+        raise SettingError(f"{models.label} came without a negative prompt, which guidance needs; use cfg 1.")
+    return [models.prompts.positive, models.prompts.negative]
 
 
 def attention_name(models: Models, settings: Settings) -> str:

@@ -14,6 +14,9 @@ HERE = Path(__file__).parent
 # The full set lies beside the checkout; the few files that matter most are copied into tests/golden.
 SHARED = Path(os.environ.get("SEEDVR2_SHARED", HERE.parent.parent / "shared"))
 
+# Tensors are tiny here: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -86,7 +86,7 @@ def pick(model: str | None = None, vae: Path | None = None) -> tuple[Path, Path]
     if model is None:
         return _best(vae)
     if model in NAMED:
-        found = next((info for info in find_models(search_directories()) if info.config == NAMED[model]), None)
+        found = next((info for info in _one_step() if info.config == NAMED[model]), None)
         if found is None:
             folders = ", ".join(map(str, search_directories()))
             raise CheckpointError(f"No {model} model lies in {folders}; fetch it with: seedvr2 download {model}")
@@ -94,12 +94,15 @@ def pick(model: str | None = None, vae: Path | None = None) -> tuple[Path, Path]
     else:
         dit = Path(model)
         if not dit.exists():
-            raise CheckpointError(f"{model!r} is neither nano, {', '.join(NAMED)} nor a file that exists.")
+            raise CheckpointError(
+                f"{model!r} is neither nano, {', '.join(NAMED)} nor a file that exists; name one of these, or fetch a "
+                "published model with: seedvr2 download 3b"
+            )
     return dit, vae or _autoencoder(dit)
 
 
 def _best(vae: Path | None) -> tuple[Path, Path]:
-    published = [i for i in find_models(search_directories()) if i.config in NAMED.values() and not i.why_not]
+    published = [info for info in _one_step() if info.config in NAMED.values() and not info.why_not]
     for info in published:
         try:
             found = info.path, vae or _autoencoder(info.path)
@@ -111,6 +114,11 @@ def _best(vae: Path | None) -> tuple[Path, Path]:
     log.info("No published model is on this machine, so the small demonstration model nano is used; fetch a real one "
              "with: seedvr2 download 3b && seedvr2 download vae")  # fmt: skip
     return NANO_DIT, vae or NANO_VAE
+
+
+def _one_step() -> list[CheckpointInfo]:
+    """What the usual folders hold. Multi-step models want other settings, so they are used by their file only."""
+    return [info for info in find_models(search_directories()) if info.path.name not in MULTI_STEP_FILES]
 
 
 def _autoencoder(dit: Path) -> Path:

@@ -1,16 +1,22 @@
-"""The tiny models of the golden files."""
+"""The tiny models of the golden files, and tinier ones for what holds with any weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 
-from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
-from seedvr2_core.models.vae import VAEConfig, VideoVAE
+from seedvr2_core.checkpoints import Prompts
+from seedvr2_core.checkpoints.export import save
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig
+from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE
+from seedvr2_core.models.windows import WindowConfig
+from seedvr2_core.pipeline import Models
 
 TINY_DITS = {
     "3b": replace(
@@ -25,11 +31,76 @@ TINY_VAES = {
     "tiny_b": VAEConfig(widths=(32, 64, 32, 64), blocks=2),
 }
 
+# For whole runs, where many frames pass.
+RUNNABLE_DIT = DiTConfig(
+    dim=64, depth=2, heads=1, head_dim=64, text_dim=64, separate_layers=1, mlp="swiglu", mlp_hidden=128,
+    rope="video_text", out_norm=True, modulate_last_text=False, windows=WindowConfig(train_area=(4, 4)),
+)  # fmt: skip
+RUNNABLE_VAE = VAEConfig(widths=(16, 16, 32, 32), blocks=1, groups=4)
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    # Tensors are tiny here: more threads would only wait for each other.
-    torch.set_num_threads(1)
+
+@pytest.fixture(scope="session")
+def runnable() -> Models:
+    """Random models that restore a small frame in milliseconds. Shared, so leave them as they are."""
+    torch.manual_seed(0)
+    return Models(
+        dit=DiT(RUNNABLE_DIT).requires_grad_(False).eval(),
+        vae=VideoVAE(RUNNABLE_VAE).requires_grad_(False).eval(),
+        prompts=Prompts(positive=torch.randn(3, 64), negative=torch.randn(4, 64)),
+        label="tiny",
+    )
+
+
+class Pointwise(DiT):
+    """Answers for every position alone: the clean latent is the condition plus `grain` times the noise."""
+
+    grain = 0.0
+
+    def forward(self, latents, texts, timesteps, **_):
+        noisy, condition, _ = latents.tensor_split([latents.shape[1] // 2, -1], dim=1)
+        return list((1 - self.grain) * noisy - condition)
+
+
+class Lossless(VideoVAE):
+    """Rearranges pixels into channels, so that decoding gives back what was encoded."""
+
+    def encode_slice(self, clip, state, last=False):
+        if not state:  # the first latent stands for one frame
+            clip = torch.cat([clip[:, :, :1].expand(-1, -1, 3, -1, -1), clip], dim=2)
+        latent = rearrange(clip, "b c (t z) (h p) (w q) -> b (c z p q) t h w", z=4, p=8, q=8)
+        return torch.cat([latent, latent], dim=1), CausalState(begun=clip)
+
+    def decode_slice(self, latent, state, last=False):
+        clip = rearrange(latent, "b (c z p q) t h w -> b c (t z) (h p) (w q)", z=4, p=8, q=8)
+        return clip if state else clip[:, :, 3:], CausalState(begun=clip)
+
+
+@pytest.fixture(scope="session")
+def pointwise(runnable) -> Models:
+    """A transformer that does not know how long its chunk is."""
+    dit = Pointwise(RUNNABLE_DIT).requires_grad_(False)
+    dit.grain = 0.5
+    return replace(runnable, dit=dit)
+
+
+@pytest.fixture(scope="session")
+def transparent(runnable) -> Models:
+    """Models that change nothing: what comes out is what went in, resized."""
+    return replace(runnable, dit=Pointwise(RUNNABLE_DIT).requires_grad_(False), vae=Lossless(RUNNABLE_VAE))
+
+
+@pytest.fixture(scope="session")
+def runnable_files(runnable, tmp_path_factory) -> tuple[Path, Path]:
+    """`runnable` on disk: the file of the transformer, with its prompts, and that of the autoencoder."""
+    folder = tmp_path_factory.mktemp("models")
+    dit, vae = folder / "dit.safetensors", folder / "vae.safetensors"
+    prompts = {
+        "positive_conditioning": runnable.prompts.positive,
+        "negative_conditioning": runnable.prompts.negative,
+    }
+    save(dit, runnable.dit, runnable.dit.config, prompts, {"modelspec.title": runnable.label})
+    save(vae, runnable.vae, runnable.vae.config)
+    return dit, vae
 
 
 @pytest.fixture(scope="session")

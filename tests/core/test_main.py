@@ -1,0 +1,360 @@
+"""The command line: what it writes, what it says when it refuses, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from seedvr2_core.__main__ import main
+from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE, pick
+from seedvr2_core.errors import CheckpointError
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
+from seedvr2_core.models.vae import SEEDVR2_VAE, VideoVAE
+from seedvr2_core.video.files import probe
+
+ROOT = Path(__file__).parent.parent.parent
+# What a machine may take to notice a signal, in seconds; two when it is idle.
+PATIENCE = 5
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A machine without models; and signals as they were."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Whoever runs tests in the background may have them ignore Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield tmp_path / "home"
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def tiny(runnable_files) -> list[str]:
+    """Arguments that choose the tiny models."""
+    dit, vae = runnable_files
+    return ["--model", str(dit), "--vae", str(vae), "--device", "cpu", "--dtype", "fp32"]
+
+
+def picture(path: Path, height: int = 12, width: int = 20) -> Path:
+    y, x = np.mgrid[:height, :width]
+    Image.fromarray(np.stack([x * 9 % 256, y * 14 % 256, (x + y) * 5 % 256], axis=-1).astype(np.uint8)).save(path)
+    return path
+
+
+def video(path: Path, frames: int) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for i in range(frames):
+            picture = np.full((32, 32, 3), i % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    return path
+
+
+def sentence(text: str) -> str:
+    """The one line that a refusal is."""
+    assert text.count("\n") == 1 and text.endswith("\n"), text
+    assert text.startswith("seedvr2: ")
+    return text
+
+
+# --- restore ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_restored_and_reported(tiny, tmp_path):
+    src, dst, log = video(tmp_path / "in.mp4", 10), tmp_path / "out.mp4", tmp_path / "run.json"
+    assert main(["restore", str(src), str(dst), *tiny, "--scale", "1.5", "--chunk", "9", "--json", str(log)]) == 0
+    before, after = probe(src), probe(dst)
+    assert (after.width, after.height, after.frames, after.duration) == (48, 48, 10, before.duration)
+    report = json.loads(log.read_text())
+    assert report.pop("seconds") > 0
+    assert report.pop("peak_resident_bytes") > 1 << 20
+    assert report == {
+        "source": str(src),
+        "destination": str(dst),
+        "model": "tiny",
+        "frames": 10,
+        "width": 48,
+        "height": 48,
+        "chunk": 9,
+        "settings": {
+            "target": "scale 1.5",
+            "color": "lab",
+            "seed": 0,
+            "steps": 1,
+            "cfg": 1.0,
+            "attention": "auto",
+            "chunk": 9,
+        },
+        "device": "cpu",
+        "torch": torch.__version__,
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ([], (24, 40)),
+        (["--scale", "0.5"], (6, 10)),
+        (["--short-side", "18"], (18, 30)),
+        (["--long-side", "30"], (18, 30)),
+        (["--megapixels", "0.001"], (24, 41)),
+        (["--size", "17x33"], (33, 17)),
+        (["--same"], (12, 20)),
+    ],
+    ids=str,
+)
+def test_an_image_comes_out_in_the_size_asked_for(tiny, tmp_path, size, expected):
+    src, dst = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    assert main(["restore", str(src), str(dst), *tiny, *size]) == 0
+    assert Image.open(dst).size == expected[::-1]
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
+    src = picture(tmp_path / "in.png")
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(["restore", str(src), str(tmp_path / f"{name}.png"), *tiny, "--color", "none", "--seed", seed]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_folder_becomes_a_video_at_the_rate_given(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        picture(tmp_path / "in" / f"{i}.png")
+    dst = tmp_path / "out.mkv"
+    assert main(["restore", str(tmp_path / "in"), str(dst), *tiny, "--same", "--fps", "24000/1001"]) == 0
+    assert (probe(dst).frames, probe(dst).fps) == (3, Fraction(24000, 1001))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing.mp4", "out.mp4"], "missing.mp4 does not exist"),
+        (["notes.txt", "out.mp4"], "ends in none of"),
+        (["text.mp4", "out.mp4"], "not a video"),
+        (["empty", "out.mp4"], "holds no images"),
+        (["in.png", "out.xyz"], "ends in none of"),
+        (["in.png", "in.png"], "is the file being read"),
+        (["in.png", "no/out.png"], "make it first"),
+        (["in.png", "out.png", "--scale", "-1"], "above zero"),
+        (["in.png", "out.png", "--size", "99999x9"], "beyond the limit"),
+        (["in.png", "out.png", "--steps", "0"], "steps is 0"),
+        (["in.png", "out.png", "--cfg", "nan"], "cfg is nan"),
+        (["in.png", "out.png", "--chunk", "4"], "4 frames is too short"),
+        (["in.png", "out.png", "--device", "toaster"], "'toaster' cannot be used"),
+        (["in.png", "out.png", "--attention", "flash_3"], "'flash_3' cannot run here"),
+        (["in.png", "out.png", "--vae", "missing.pth"], "There is no file missing.pth"),
+        (["in.png", "out.png", "--vae", "notes.txt"], "not a weights file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(tiny, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "in.png")
+    (tmp_path / "notes.txt").write_text("hello\n" * 100)
+    (tmp_path / "text.mp4").write_text("hello\n" * 100)
+    (tmp_path / "empty").mkdir()
+    assert main(["restore", *arguments[:2], *tiny, *arguments[2:]]) == 1
+    assert said in sentence(capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "notes.txt", "text.mp4", "empty"}
+
+
+def test_a_report_that_cannot_be_written_does_not_lose_the_work(tiny, tmp_path, capsys):
+    src, dst = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    assert main(["restore", str(src), str(dst), *tiny, "--json", str(tmp_path / "no" / "run.json")]) == 1
+    assert "run.json cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert dst.exists()
+
+
+def test_a_refusal_prints_nothing_else(tmp_path):
+    (tmp_path / "text.mp4").write_text("hello\n" * 100)
+    run = subprocess.run(
+        [sys.executable, "-m", "seedvr2_core", "restore", tmp_path / "text.mp4", tmp_path / "out.mp4"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "not a video" in sentence(run.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["repair"],
+        ["restore", "in.png"],
+        ["restore", "in.png", "out.png", "--color", "sepia"],
+        ["restore", "in.png", "out.png", "--size", "10by10"],
+        ["restore", "in.png", "out.png", "--same", "--scale", "2"],
+        ["restore", "in.png", "out.png", "--chunk", "some"],
+        ["restore", "in.png", "out.png", "--fps", "1/0"],
+        ["restore", "in.png", "out.png", "--fps", "-3"],
+        ["restore", "in.png", "out.png", "--dtype", "int4"],
+        ["info"],
+        ["download", "everything"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_exit_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: seedvr2" in capsys.readouterr().err
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_describes_a_video(tmp_path, capsys):
+    assert main(["info", str(video(tmp_path / "in.mp4", 3))]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (lines["kind"], lines["width"], lines["frames"], lines["fps"]) == ("video", "32", "3", "25")
+
+
+def test_info_describes_a_checkpoint(runnable_files, capsys):
+    assert main(["info", str(runnable_files[0])]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["kind"] == "tiny"
+    assert lines["prompts"] == "positive, negative"
+    assert lines["loadable"] == "yes"
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "missing.safetensors", "text.mp4", "text.pth"])
+def test_info_refuses_in_one_sentence(tmp_path, capsys, name):
+    for path in (tmp_path / "text.mp4", tmp_path / "text.pth"):
+        path.write_text("hello\n" * 100)
+    assert main(["info", str(tmp_path / name)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and name in sentence(err)
+
+
+# --- which model -----------------------------------------------------------------------------------------------------
+
+
+def published(path: Path, build: type[nn.Module], config: object) -> Path:
+    """A file of the shapes of a published model, all zeros that take no room on the disk."""
+    with torch.device("meta"):
+        tensors = build(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    data = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(8 + len(data) + end)
+    return path
+
+
+@pytest.fixture
+def cache(home) -> Path:
+    return home / ".cache" / "seedvr2"
+
+
+def test_without_any_model_nano_is_used_and_that_is_said(caplog):
+    with caplog.at_level("INFO"):
+        assert pick() == (NANO_DIT, NANO_VAE)
+    assert "nano is used" in caplog.text and "seedvr2 download" in caplog.text
+
+
+def test_the_largest_published_model_is_used_and_that_is_said(cache, caplog):
+    published(cache / "a.safetensors", DiT, SEEDVR2_3B)
+    large = published(cache / "b.safetensors", DiT, SEEDVR2_7B)
+    vae = published(cache / "c.safetensors", VideoVAE, SEEDVR2_VAE)
+    with caplog.at_level("INFO"):
+        assert pick() == (large, vae)
+    assert "SeedVR2 7B" in caplog.text
+    assert pick("3b") == (cache / "a.safetensors", vae)
+    assert pick("nano") == (NANO_DIT, NANO_VAE)
+
+
+def test_a_multi_step_model_is_used_only_by_its_file(cache):
+    older = published(cache / "seedvr_ema_3b.pth", DiT, SEEDVR2_3B)
+    vae = published(cache / "vae.safetensors", VideoVAE, SEEDVR2_VAE)
+    assert pick() == (NANO_DIT, NANO_VAE)
+    assert pick(str(older)) == (older, vae)
+    with pytest.raises(CheckpointError, match="No 3b model"):
+        pick("3b")
+
+
+def test_a_published_model_without_its_autoencoder_is_passed_over_aloud(cache, caplog):
+    small = published(cache / "a.safetensors", DiT, SEEDVR2_3B)
+    with caplog.at_level("INFO"):
+        assert pick() == (NANO_DIT, NANO_VAE)
+    assert "no autoencoder for a.safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match="seedvr2 download vae"):
+        pick("3b")
+    assert pick("3b", Path("mine.pth")) == (small, Path("mine.pth"))
+
+
+def test_the_autoencoder_beside_a_model_comes_before_the_published_one(cache, tmp_path, runnable_files):
+    published(cache / "vae.safetensors", VideoVAE, SEEDVR2_VAE)
+    assert pick(str(runnable_files[0])) == runnable_files
+    elsewhere = tmp_path / "elsewhere" / "dit.safetensors"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(runnable_files[0].read_bytes())
+    assert pick(str(elsewhere)) == (elsewhere, cache / "vae.safetensors")
+
+
+@pytest.mark.parametrize("model", ["3b", "7b", "mine.safetensors"])
+def test_a_model_that_is_not_there_tells_how_to_get_one(tmp_path, capsys, model):
+    assert main(["restore", str(picture(tmp_path / "in.png")), str(tmp_path / "out.png"), "--model", model]) == 1
+    line = sentence(capsys.readouterr().err)
+    assert model in line and "seedvr2 download" in line
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_an_interrupt_stops_soon_and_leaves_nothing(tiny, tmp_path):
+    """Ctrl-C and a polite kill in the middle of the work, in two processes at once to save time."""
+    src, folder = video(tmp_path / "in.mp4", 800), tmp_path / "out"
+    folder.mkdir()
+    (folder / "SIGINT.mp4").write_bytes(b"old")
+    runs = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        dst = folder / f"{number.name}.mp4"
+        runs[number] = subprocess.Popen(
+            [sys.executable, "-m", "seedvr2_core", "restore", src, dst, *tiny, "--chunk", "9"],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        for number, run in runs.items():
+            while not (folder / f".{number.name}.partial.mp4").exists() and run.poll() is None:
+                time.sleep(0.02)
+        time.sleep(0.3)
+        sent = time.monotonic()
+        for number, run in runs.items():
+            run.send_signal(number)
+        for run in runs.values():
+            _, errors = run.communicate(timeout=60)
+            assert time.monotonic() - sent < PATIENCE
+            assert run.returncode == 130
+            assert "Traceback" not in errors and errors.endswith("interrupted; nothing half-written was left behind.\n")
+    finally:
+        for run in runs.values():
+            run.kill()
+    assert [path.name for path in folder.iterdir()] == ["SIGINT.mp4"]
+    assert (folder / "SIGINT.mp4").read_bytes() == b"old"
