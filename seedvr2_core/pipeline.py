@@ -225,17 +225,34 @@ def stream(
     """Restore frames as they come; memory does not grow with their number.
 
     Args:
-        frames: each H W c in 0..1.
+        frames: each H W c, floats in 0..1 or codes in uint8 or uint16, which take less memory while they wait.
         size: height and width of the result.
         total: how many frames there will be, if known; only progress depends on it.
 
     Yields:
         T H' W' c in 0..1, fp32 on the CPU, in order, in pieces of any length; as many frames in all as came in.
+
+    Raises:
+        MediaError: there is no frame.
+        SettingError: a setting is impossible here, or takes more memory than there is.
     """
     life = _Life(models, settings, size, total, on_progress or (lambda stage, done, total: None))
     conditions = life.encode(life.pieces(frames))
     latents = life.restore(conditions)
-    yield from life.finish(life.decode(latents))
+    try:
+        yield from life.finish(life.decode(latents))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SettingError(
+            f"Restoring at {size[1]} x {size[0]} takes more memory than {models.device} has free; choose a smaller "
+            "size or a shorter chunk, or close other programs."
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory; on a CPU only the message tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Life:

@@ -328,3 +328,11 @@ def test_memory_does_not_grow_with_the_number_of_frames(runnable):
     assert max(ahead) <= SHORT.chunk + 3 * PIECE
     assert max(alive) <= SHORT.chunk + 4 * PIECE
     assert max(held[2:]) <= held[1]
+
+
+def test_running_out_of_memory_is_told_in_one_sentence(runnable):
+    def greedy(stage: str, done: float, total: int | None) -> None:
+        torch.empty(1 << 50)
+
+    with pytest.raises(SettingError, match="takes more memory than cpu has free; choose a smaller size"):
+        list(stream(clip(1), runnable, SAME, (24, 32), 1, greedy))

@@ -54,3 +54,9 @@ def test_tiny_masks_are_finite_and_in_range(size):
     result = upscale_alpha(torch.rand(1, 1, *size), torch.rand(1, 3, *size) * 2 - 1)
     assert result.shape == (1, 1, *size)
     assert 0 <= result.min() <= result.max() <= 1
+
+
+def test_an_opaque_picture_stays_opaque():
+    alpha = upscale_alpha(torch.ones(1, 1, 8, 8), torch.rand(1, 3, 16, 16) * 2 - 1)
+    assert alpha.shape == (1, 1, 16, 16)
+    assert (alpha == 1).all()
