@@ -132,13 +132,9 @@ def load_models(dit: Path, vae: Path, device: torch.device, dtype: torch.dtype) 
     Raises:
         CheckpointError: a file is missing, damaged or something else.
     """
-    prompts = load_prompts(dit)
-    return Models(
-        dit=load_dit(dit, dtype, device),
-        vae=load_vae(vae, dtype, device),
-        prompts=prompts,
-        label=inspect(dit).label,
-    )
+    # The large file comes last, so that a mistake in the others shows at once.
+    prompts, autoencoder = load_prompts(dit), load_vae(vae, dtype, device)
+    return Models(dit=load_dit(dit, dtype, device), vae=autoencoder, prompts=prompts, label=inspect(dit).label)
 
 
 def restore(

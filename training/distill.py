@@ -42,7 +42,7 @@ class Distillation:
 RECIPES = {
     "nano": Distillation(
         model=NANO_DIT,
-        run=RunConfig(steps=300, seed=3, ema=0.99, validate_every=300, save_every=100),
+        run=RunConfig(steps=200, seed=3, ema=0.99, validate_every=200, save_every=100),
         optim=OptimConfig(lr=2e-4, final_lr=5e-5, warmup=20),
         teacher=Path("runs/pretrain"),
     )

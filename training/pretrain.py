@@ -65,7 +65,7 @@ class Pretraining:
 RECIPES = {
     "nano": Pretraining(
         model=NANO_DIT,
-        run=RunConfig(steps=4000, seed=2, validate_every=1000),
+        run=RunConfig(steps=2500, seed=2, validate_every=500),
         optim=OptimConfig(lr=1e-3, final_lr=5e-5, betas=(0.9, 0.95)),
     )
 }
