@@ -46,9 +46,11 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
-    """Parameters grouped by the share of the learning rate that they get, see `OptimConfig.full_rate_inputs`."""
+    """What is trainable, grouped by the share of the learning rate it gets: see `OptimConfig.full_rate_inputs`."""
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
         inputs = parameter[0].numel() if parameter.ndim > 1 else 1
         rate = min(1.0, config.full_rate_inputs / inputs) if config.full_rate_inputs else 1.0
         groups.setdefault(rate, []).append(parameter)

@@ -122,3 +122,13 @@ def test_held_out_crops_are_the_middle_of_every_picture(tmp_path):
     (crop,) = held_out_crops(tmp_path, size=32)
     assert crop.shape == (1, 3, 1, 32, 32)
     assert (crop == 1).all()
+
+
+def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(data, held_out, tmp_path):
+    loop.run(VAEStage(CONFIG, data, held_out), CONFIG.run, CONFIG.optim, tmp_path / "both")
+    config = replace(CONFIG, init=tmp_path / "both", freeze_encoder=True)
+    before = vae_stage.load_run(tmp_path / "both", NANO_VAE).state_dict()
+    loop.run(VAEStage(config, data, held_out), config.run, config.optim, tmp_path / "decoder")
+    after = vae_stage.load_run(tmp_path / "decoder", NANO_VAE).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("decoder.")}
