@@ -49,7 +49,7 @@ RECIPES = {
         optim=OptimConfig(lr=3e-4, final_lr=3e-5, warmup=20),
         teacher=Path("runs/pretrain"),
         steps=8,
-        w_data=1.0,
+        w_data=0.4,
     )
 }
 
