@@ -33,7 +33,7 @@ from .models.dit import DiT, DiTConfig, Layout, make_layout
 from .models.dit import token_grid as token_grid_of
 from .models.vae import CausalState, VideoVAE, posterior
 from .video.alpha import upscale_alpha
-from .video.chunks import crossfade
+from .video.chunks import OVERLAP, crossfade, overlapping
 from .video.color import ColorTransfer
 from .video.files import MediaInfo, open_reader, open_writer, probe
 from .video.geometry import (
@@ -60,8 +60,6 @@ Stage = Literal["encode", "restore", "decode"]
 OnProgress = Callable[[Stage, float, int | None], None]
 Frames = Iterable[Tensor]
 
-# Latents that two neighbouring chunks share and blend.
-OVERLAP = 2
 # Frames encoded at a time. More would be a little faster and take proportionally more memory.
 PIECE = LATENT_FRAMES
 # Share of the free memory that the transformer's activations may take when the chunk is chosen automatically.
@@ -298,7 +296,7 @@ class _Life:
         """Clean latents c t h w in the autoencoder's scale, each once."""
         tail, emitted = None, 0
         length = chunk_latents(self.models, self.settings, *self.size)
-        for start, condition, last in chunks(conditions, length):
+        for start, condition, last in overlapping(conditions, length):
             out = self.sample(condition, start)[:, emitted - start :]
             self.restored = start + condition.shape[1]
             if tail is not None:
@@ -380,26 +378,6 @@ class _Life:
 
     def report(self, stage: Stage, done: float) -> None:
         self.on_progress(stage, done if self.total is None else min(done, self.total), self.total)
-
-
-def chunks(latents: Iterator[tuple[Tensor, bool]], length: int) -> Iterator[tuple[int, Tensor, bool]]:
-    """Gather latents c t h w into chunks of `length` that overlap: (index of the first, chunk, whether it is the last).
-
-    The last chunk reaches back as far as it takes to be as long as the others, so no chunk is too short to see motion.
-    """
-    held, first, start = None, 0, 0  # `held` begins at latent `first`, the next chunk at `start`
-    for latent, last in latents:
-        held = latent if held is None else torch.cat([held, latent], dim=1)
-        end = first + held.shape[1]
-        # More than a full chunk is there, so this one cannot be the last.
-        while end - start > length:
-            yield start, held[:, start - first : start - first + length], False
-            start += length - OVERLAP
-            keep = max(first, end - length)
-            held, first = held[:, min(keep, start) - first :], min(keep, start)
-        if last:
-            start = max(first, end - length)
-            yield start, held[:, start - first :], True
 
 
 def chunk_latents(models: Models, settings: Settings, height: int, width: int) -> int:

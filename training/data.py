@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.video.geometry import to_uint8
-from training.degradation import PROFILES, Profile, degrade, upsample
+from training.degradation import MIXTURES, Mixture, degrade, draw_profile, upsample
 from training.procedural import moving_view, still
 from training.randomness import key, rng
 
@@ -197,14 +197,15 @@ class Dataset:
             crop = crop[:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(3, 0, 1, 2)))
 
-    def pair(self, index: int, profile: Profile, *, kind: Kind = "image", size: int, frames: int = 1) -> torch.Tensor:
+    def pair(self, index: int, mixture: Mixture, *, kind: Kind = "image", size: int, frames: int = 1) -> torch.Tensor:
         """One training pair: uint8 2 3 T s s, first the clean crop, then its degraded self at the size of the crop.
 
-        The same for the same (seed, index, profile and sizes); failures as in `sample_batch`.
+        The same for the same (seed, index, mixture and sizes); failures as in `sample_batch`.
         """
         clean = self.crop(index, kind=kind, size=size, frames=frames)
         frames_01 = clean.transpose(0, 1).float() / 255
-        degraded, _ = degrade(frames_01, key(self.config.seed, "pair", index), profile)
+        seed = key(self.config.seed, "pair", index)
+        degraded, _ = degrade(frames_01, seed, draw_profile(mixture, seed))
         return torch.stack((clean, to_uint8(upsample(degraded, size, size)).transpose(0, 1)))
 
     def _cut(self, sources: Sequence[np.ndarray], draw: np.random.Generator, frames: int, size: int) -> np.ndarray:
@@ -250,8 +251,8 @@ class PairJob:
     # Side in pixels and length in frames.
     size: int = 128
     frames: int = 1
-    # A key of PROFILES.
-    profile: str = "nano"
+    # A key of MIXTURES.
+    degradation: str = "nano_mixed"
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -266,11 +267,11 @@ def write_pairs(out: Path, job: PairJob, workers: int = 2) -> Path:
         workers: processes, one thread each.
 
     Raises:
-        SettingError: no source is large or long enough, or the profile is unknown.
+        SettingError: no source is large or long enough, or the degradation is unknown.
         MediaError: the root holds no training media.
     """
-    if job.profile not in PROFILES:
-        raise SettingError(f"There is no degradation profile {job.profile!r}; choose one of {', '.join(PROFILES)}.")
+    if job.degradation not in MIXTURES:
+        raise SettingError(f"There is no degradation {job.degradation!r}; choose one of {', '.join(MIXTURES)}.")
     if out.exists():
         log.info("%s exists and is used as it is", out.name)
         return out
@@ -293,9 +294,9 @@ def _write_share(part: Path, job: PairJob, worker: int, workers: int) -> None:
     torch.set_num_threads(1)
     dataset = Dataset.load(job.root, job.data, job.cache_dir)
     pairs = np.lib.format.open_memmap(part, mode="r+")
-    profile = PROFILES[job.profile]
+    mixture = MIXTURES[job.degradation]
     for index in range(worker, job.count, workers):
-        pairs[index] = dataset.pair(index, profile, kind=job.kind, size=job.size, frames=job.frames).numpy()
+        pairs[index] = dataset.pair(index, mixture, kind=job.kind, size=job.size, frames=job.frames).numpy()
     pairs.flush()
 
 
@@ -309,13 +310,13 @@ def main() -> None:
     parser.add_argument("--kind", choices=("image", "clip"), default="image")
     parser.add_argument("--size", type=int, default=128, help="side of a crop in pixels")
     parser.add_argument("--frames", type=int, default=1, help="frames of a clip, 4n+1")
-    parser.add_argument("--profile", choices=PROFILES, default="nano", help="degradation")
+    parser.add_argument("--degradation", choices=MIXTURES, default="nano_mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     job = PairJob(
         root=options.root, cache_dir=options.cache_dir, count=options.count, kind=options.kind, size=options.size,
-        frames=options.frames, profile=options.profile, data=DataConfig(seed=options.seed),
+        frames=options.frames, degradation=options.degradation, data=DataConfig(seed=options.seed),
     )  # fmt: skip
     write_pairs(options.out, job, options.workers)
 

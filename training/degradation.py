@@ -28,8 +28,8 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import mirror_indices_before, resize, to_uint8
 from training.randomness import rng
 
-# A degraded clip is this many times smaller than its source, on each side.
-DOWNSCALE = 4
+# A degraded clip is this many times smaller than its source, on each side, unless its profile says otherwise.
+REDUCTION = 4
 
 KERNELS = ("iso", "aniso", "generalised_iso", "generalised_aniso", "plateau_iso", "plateau_aniso", "sinc")
 KERNEL_SHARES = (0.405, 0.225, 0.108, 0.027, 0.108, 0.027, 0.1)
@@ -115,6 +115,8 @@ class Profile:
     passes: tuple[Pass, ...]
     # Share of clips with a sinc filter after the final reduction.
     final_sinc: float = 0.8
+    # How many times smaller the result is than its source, on each side.
+    reduction: int = REDUCTION
 
 
 _SECOND = Pass(
@@ -148,38 +150,46 @@ NANO = Profile(
                  jpeg=Walk(50, 95, 3), codec_image=0.1, bits=(5e4, 2e5)),),
     final_sinc=0.4,
 )  # fmt: skip
-PROFILES = {profile.name: profile for profile in (FULL, MILD, LIGHT, IDENTITY, NANO)}
+# Footage that is bad at its own size: the same damage without the loss of resolution.
+NANO_SAME = replace(NANO, name="nano_same", reduction=1)
+PROFILES = {profile.name: profile for profile in (FULL, MILD, LIGHT, IDENTITY, NANO, NANO_SAME)}
 
-# Synthetic damage is harsher than real damage, so training at scale sees light and no damage as well.
-STRENGTH_MIX = ((FULL, 0.75), (LIGHT, 0.2), (IDENTITY, 0.05))
+# What training asks for by name: a profile alone, or several with their shares of the samples. Synthetic damage is
+# harsher than real damage, so training at scale sees light and no damage as well.
+Mixture = tuple[tuple[Profile, float], ...]
+MIXTURES: dict[str, Mixture] = {
+    **{name: ((profile, 1.0),) for name, profile in PROFILES.items()},
+    "mixed": ((FULL, 0.75), (LIGHT, 0.2), (IDENTITY, 0.05)),
+    "nano_mixed": ((NANO, 0.8), (NANO_SAME, 0.2)),
+}
 
 
-def mixed_profile(seed: int) -> Profile:
-    """The profile of one sample in training at scale, drawn from STRENGTH_MIX."""
-    profiles, shares = zip(*STRENGTH_MIX, strict=True)
+def draw_profile(mixture: Mixture, seed: int) -> Profile:
+    """The profile of one sample."""
+    profiles, shares = zip(*mixture, strict=True)
     return profiles[rng(seed, "strength").choice(len(profiles), p=shares)]
 
 
 def degrade(clip: Tensor, seed: int, profile: Profile) -> tuple[Tensor, dict[str, Any]]:
-    """Damage a clip and reduce it to a quarter of its sides.
+    """Damage a clip and reduce it, to a quarter of its sides in most profiles.
 
     Args:
-        clip: T 3 H W, 0..1, on the CPU; sides of at least 4 pixels, odd ones welcome. T = 1 is an image.
+        clip: T 3 H W, 0..1, on the CPU; sides of at least REDUCTION pixels, odd ones welcome. T = 1 is an image.
         seed: same clip, seed and profile, same bytes.
         profile: what may happen, and how strongly.
 
     Returns:
-        The degraded clip, float32 T 3 H//4 W//4 in 0..1 on the 8-bit grid, and a log, ready for JSON, of every
-        parameter drawn: one entry a pass, lists holding one value a frame.
+        The degraded clip, float32 T 3 H//reduction W//reduction in 0..1 on the 8-bit grid, and a log, ready for JSON,
+        of every parameter drawn: one entry a pass, lists holding one value a frame.
 
     Raises:
         SettingError: the clip has another shape or is too small.
     """
-    if clip.ndim != 4 or clip.shape[1] != 3 or min(clip.shape[-2:]) < DOWNSCALE:
-        raise SettingError(f"degrade takes T x 3 x H x W frames with sides of at least {DOWNSCALE} pixels, "
+    if clip.ndim != 4 or clip.shape[1] != 3 or min(clip.shape[-2:]) < REDUCTION:
+        raise SettingError(f"degrade takes T x 3 x H x W frames with sides of at least {REDUCTION} pixels, "
                            f"got {tuple(clip.shape)}.")
     random = rng(seed, f"degradation/{profile.name}")
-    H, W = clip.shape[-2:]
+    smaller = tuple(side // profile.reduction for side in clip.shape[-2:])
     frames = clip.float()
     log: dict[str, Any] = {"seed": seed, "profile": profile.name, "passes": []}
     for number, stage in enumerate(profile.passes, start=1):
@@ -195,11 +205,11 @@ def degrade(clip: Tensor, seed: int, profile: Profile) -> tuple[Tensor, dict[str
         frames = torch.cat([frame if frame.shape[-2:] == size else resize(frame, *size) for frame in damaged])
         done["reduced_before_codec"] = last and random.random() < 0.5
         if done["reduced_before_codec"]:
-            frames, log["final"] = _reduce(frames, random, profile, H // DOWNSCALE, W // DOWNSCALE)
+            frames, log["final"] = _reduce(frames, random, profile, *smaller)
         frames, done["codec"] = _codec(frames, random, stage)
         log["passes"].append(done)
     if "final" not in log:
-        frames, log["final"] = _reduce(frames, random, profile, H // DOWNSCALE, W // DOWNSCALE)
+        frames, log["final"] = _reduce(frames, random, profile, *smaller)
     return to_uint8(frames).float() / 255, log
 
 

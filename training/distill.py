@@ -50,6 +50,8 @@ RECIPES = {
         teacher=Path("runs/pretrain"),
         steps=8,
         w_data=0.4,
+        batch=16,
+        condition_noise=0.1,
     )
 }
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from seedvr2_core.device import pick_dtype
 from seedvr2_core.models.vae import VideoVAE, posterior
 
 from .config import parse_command
@@ -43,7 +44,7 @@ class Precompute:
 
     vae: Path
     crops: tuple[PairCrops, ...]
-    profile: str = "nano"
+    degradation: str = "nano_mixed"
     batch: int = 16
     seed: int = 1
     workers: int = 2
@@ -53,8 +54,8 @@ RECIPES = {
     "nano": Precompute(
         vae=Path("runs/vae"),
         crops=(
-            PairCrops(kind="image", count=3200, size=192),
-            PairCrops(kind="clip", count=800, size=128, frames=5),
+            PairCrops(kind="image", count=10_000, size=192),
+            PairCrops(kind="clip", count=2_500, size=128, frames=5),
         ),
     )
 }
@@ -63,11 +64,12 @@ RECIPES = {
 @torch.no_grad()
 def encode_pairs(vae: VideoVAE, pairs: np.ndarray, batch: int) -> dict[str, Tensor]:
     """Posterior means of pairs n 2 3 T s s, uint8: {"hq": n 16 t h w, "lq": the same} in fp32, not scaled."""
+    weight = next(vae.parameters())
     latents: dict[str, list[Tensor]] = {"hq": [], "lq": []}
     for start in tqdm(range(0, len(pairs), batch), desc="encode"):
-        pixels = torch.from_numpy(pairs[start : start + batch].copy()).float() / 127.5 - 1
+        pixels = torch.from_numpy(pairs[start : start + batch].copy()).to(weight) / 127.5 - 1
         for name, clip in zip(latents, pixels.unbind(1), strict=True):
-            latents[name].append(posterior(vae.encode(clip, None))[0])
+            latents[name].append(posterior(vae.encode(clip))[0].float())
     return {name: torch.cat(parts) for name, parts in latents.items()}
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     command = parse_command("precompute", RECIPES)
     config: Precompute = command.config
     torch.set_num_threads(command.threads)
-    vae = load_run(config.vae, VAE_RECIPES["nano"].model)
+    vae = load_run(config.vae, VAE_RECIPES["nano"].model).to(pick_dtype("auto", torch.device("cpu")))
     for crops in config.crops:
         name = f"{crops.kind}_{crops.frames}x{crops.size}"
         target = command.out / f"{name}.safetensors"
@@ -90,7 +92,7 @@ def main() -> None:
             kind=crops.kind,
             size=crops.size,
             frames=crops.frames,
-            profile=config.profile,
+            degradation=config.degradation,
             data=DataConfig(seed=config.seed),
         )
         pairs = np.load(write_pairs(command.out / f"{name}.npy", job, config.workers), mmap_mode="r")

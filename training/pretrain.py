@@ -58,15 +58,21 @@ class Pretraining:
     optim: OptimConfig
     batch: int = 8
     text_dropout: float = 0.1
-    # Condition noise is drawn from 0..this and then shifted.
+    # Condition noise is drawn from 0..this.
     condition_noise: float = 0.25
+    # Share of samples at pure noise, where every sampler starts and a one-step sampler stays. Logit-normal times hardly
+    # get near it.
+    pure_noise: float = 0.0
 
 
 RECIPES = {
     "nano": Pretraining(
         model=NANO_DIT,
-        run=RunConfig(steps=2500, seed=2, validate_every=500),
+        run=RunConfig(steps=3600, seed=2, validate_every=600),
         optim=OptimConfig(lr=1e-3, final_lr=5e-5, betas=(0.9, 0.95)),
+        batch=16,
+        condition_noise=0.1,
+        pure_noise=0.2,
     )
 }
 
@@ -114,6 +120,7 @@ class PretrainStage:
         draw = torch_rng(seed, "timestep", step)
         factor = max(MIN_SHIFT, shift_factor(*hq.shape[2:]))
         u = shift(torch.sigmoid(torch.randn(len(hq), generator=draw)), factor)
+        u[torch.rand(len(hq), generator=draw) < config.pure_noise] = 1
         dropped = torch.rand(len(hq), generator=torch_rng(seed, "text_drop", step)) < config.text_dropout
         condition = noised_condition(lq, seed, step, config.condition_noise)
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))

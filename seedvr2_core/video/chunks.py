@@ -1,48 +1,48 @@
 """Where a long clip is cut in time, and how overlapping chunks become one clip again."""
 
-# Time is axis 0 of what is cross-faded: T C H W or T H W C
+#    c t h w latent channels, frames, height, width
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..errors import SettingError
+# Latents that two neighbouring chunks share and blend.
+OVERLAP = 2
 
 
-def split(frames: int, length: int, overlap: int = 0) -> list[tuple[int, int]]:
-    """Spans (start, stop) that cover a clip, each sharing `overlap` frames with the one before.
+def overlapping(latents: Iterable[tuple[Tensor, bool]], length: int) -> Iterator[tuple[int, Tensor, bool]]:
+    """Gather latents into chunks that share OVERLAP of them with the chunk before.
 
-    All are `length` frames long but the last, which is shorter but always brings something new.
+    The last chunk reaches back as far as it takes to be as long as the others, so no chunk is too short to see motion.
 
     Args:
-        frames: length of the clip.
-        length: longest span, in frames.
-        overlap: frames two neighbours share; below `length`, else SettingError.
+        latents: c t h w, pieces of any length, each with whether it is the last.
+        length: latents in a chunk, more than OVERLAP.
+
+    Yields:
+        The index of a chunk's first latent, the chunk c t h w, and whether it is the last.
     """
-    if not 0 <= overlap < length:
-        raise SettingError(f"Chunks of {length} frames cannot overlap by {overlap}; "
-                           "the overlap must be zero or more and shorter than the chunk.")
-    starts = range(0, max(frames - overlap, 1), length - overlap)
-    return [(start, min(start + length, frames)) for start in starts]
+    held, first, start = None, 0, 0  # `held` begins at latent `first`, the next chunk at `start`
+    for latent, last in latents:
+        held = latent if held is None else torch.cat([held, latent], dim=1)
+        end = first + held.shape[1]
+        # More than a full chunk is there, so this one cannot be the last.
+        while end - start > length:
+            yield start, held[:, start - first : start - first + length], False
+            start += length - OVERLAP
+            keep = max(first, end - length)
+            held, first = held[:, min(keep, start) - first :], min(keep, start)
+        if last:
+            start = max(first, end - length)
+            yield start, held[:, start - first :], True
 
 
 def linear_weights(overlap: int) -> Tensor:
     """Weight of the later chunk in each overlapping frame, a straight ramp that never quite reaches 0 or 1."""
     return torch.arange(1, overlap + 1) / (overlap + 1)
-
-
-def plateau_cosine_weights(overlap: int) -> Tensor:
-    """Weight of the later chunk as the community node has it: 0, a cosine in the middle third, 1.
-
-    Two frames switch hard and one keeps the earlier chunk, so `linear_weights` is what we use.
-    """
-    if overlap < 3:
-        return torch.arange(overlap).float()
-    ramp = (3 * torch.arange(overlap) / (overlap - 1) - 1).clamp(0, 1)
-    return 0.5 - 0.5 * torch.cos(math.pi * ramp)
 
 
 def crossfade(previous_tail: Tensor, current_head: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -168,14 +168,6 @@ def crop(clip: Tensor, height: int, width: int) -> Tensor:
     return clip[..., :height, :width]
 
 
-def centre_crop(clip: Tensor, multiple: int = CLIP_MULTIPLE) -> Tensor:
-    """The middle of ... H W, cut down to multiples. The published script's way; it loses up to 15 rows and columns."""
-    height, width = clip.shape[-2:]
-    h, w = height - height % multiple, width - width % multiple
-    top, left = round((height - h) / 2), round((width - w) / 2)
-    return clip[..., top : top + h, left : left + w]
-
-
 def padded_length(frames: int, step: int = LATENT_FRAMES) -> int:
     """The smallest step * n + 1 that holds this many frames: 1, 5, 9, 13, ..."""
     return -(-(frames - 1) // step) * step + 1
@@ -201,15 +193,6 @@ def mirror_indices_before(frames: int, extra: int) -> list[int]:
     else:
         head = [*[frames - 1] * (extra - frames + 1), *range(frames - 1, 0, -1)]
     return [*head, *range(frames)]
-
-
-def repeat_last_indices(frames: int, ranks: int = 1) -> list[int]:
-    """Frame numbers that lengthen a clip to what the published script needs, holding the last frame.
-
-    Args:
-        ranks: sequence-parallel processes the clip is spread over; each needs a whole latent frame.
-    """
-    return [*range(frames), *[frames - 1] * (padded_length(frames, LATENT_FRAMES * ranks) - frames)]
 
 
 def latent_grid(frames: int, height: int, width: int) -> Grid:

@@ -7,6 +7,7 @@ from seedvr2_core.diffusion.conditioning import with_mask
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.models.vae import posterior
 from seedvr2_core.video import color, geometry
+from tests.core.published import centre_crop, repeat_last_indices
 
 ATOL = 3e-5
 
@@ -25,11 +26,11 @@ def test_frames_come_out_as_published(golden, tiny_vae, case):
 
     frames = tensors["frames_u8"].float() / 255
     size = geometry.Target.area(spec["res_h"], spec["res_w"]).size(*frames.shape[-2:])
-    style = geometry.to_clip(geometry.centre_crop(geometry.resize(frames, *size)))  # T 3 H W
+    style = geometry.to_clip(centre_crop(geometry.resize(frames, *size)))  # T 3 H W
     clip = style.transpose(0, 1)[None]
     close(clip[0], tensors["transformed"])
 
-    clip = clip[:, :, geometry.repeat_last_indices(len(style))]
+    clip = clip[:, :, repeat_last_indices(len(style))]
     assert clip.shape[2] == spec["padded_frames"]
     mean, _ = posterior(vae.encode(clip))
     latent = mean * scale

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from torch import Tensor
 from seedvr2_core.diffusion.conditioning import frame_noise, with_mask
 from seedvr2_core.errors import Cancelled, MediaError, SettingError
 from seedvr2_core.models.vae import posterior
-from seedvr2_core.pipeline import OVERLAP, PIECE, Settings, chunks, restore, restore_file, stream
+from seedvr2_core.pipeline import PIECE, Settings, restore, restore_file, stream
 from seedvr2_core.video.color import ColorTransfer
 from seedvr2_core.video.geometry import (
     Target,
@@ -172,30 +171,6 @@ def test_a_stream_that_is_abandoned_leaves_gradients_as_they_were(runnable):
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
-
-
-def sources(total: int, first: int = 2) -> Iterator[tuple[Tensor, bool]]:
-    """Latents numbered 0, 1, ...: `first` of them, then one at a time, as the encoder sends them."""
-    numbers = torch.arange(total).view(1, total, 1, 1)
-    for start, stop in [(0, min(first, total)), *((i, i + 1) for i in range(first, total))]:
-        yield numbers[:, start:stop], stop == total
-
-
-@pytest.mark.parametrize("length", range(OVERLAP + 1, 9))
-@pytest.mark.parametrize("first", [1, 2, 5])
-def test_chunks_cover_a_clip_of_any_length(length, first):
-    for total in range(1, 30):
-        spans = []
-        for start, latents, last in chunks(sources(total, first), length):
-            assert latents.flatten().tolist() == list(range(start, start + latents.shape[1]))
-            spans.append((start, start + latents.shape[1], last))
-        assert [last for _, _, last in spans] == [False] * (len(spans) - 1) + [True]
-        assert spans[0][0] == 0 and spans[-1][1] == total
-        assert all(stop - start == min(length, total) for start, stop, _ in spans)
-        for (start, stop, _), (following, _, last) in pairwise(spans):
-            assert start < following
-            shared = stop - following
-            assert shared >= OVERLAP if last else shared == OVERLAP
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

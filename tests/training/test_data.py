@@ -22,7 +22,7 @@ from training.data import (
     list_media,
     write_pairs,
 )
-from training.degradation import NANO
+from training.degradation import MIXTURES
 from training.procedural import moving_view, still
 from training.randomness import key, rng, torch_rng
 
@@ -151,7 +151,7 @@ def test_procedural_pictures_alone_are_enough():
 
 
 def test_a_pair_is_a_crop_and_its_degraded_self(dataset):
-    clean, degraded = dataset.pair(6, NANO, size=64)
+    clean, degraded = dataset.pair(6, MIXTURES["nano"], size=64)
     assert torch.equal(clean, dataset.crop(6, size=64))
     assert degraded.shape == clean.shape == (3, 1, 64, 64) and degraded.dtype == torch.uint8
     difference = (clean.float() - degraded.float()).abs().mean()
@@ -164,7 +164,7 @@ def test_written_pairs_do_not_depend_on_the_number_of_workers(root, dataset, tmp
     two = np.load(write_pairs(tmp_path / "two.npy", job, workers=2))
     assert one.shape == (5, 2, 3, 1, 32, 32)
     np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(one[3], dataset.pair(3, NANO, size=32).numpy())
+    np.testing.assert_array_equal(one[3], dataset.pair(3, MIXTURES["nano_mixed"], size=32).numpy())
 
 
 def test_a_crop_larger_than_every_source_is_refused(dataset):
@@ -189,6 +189,6 @@ def test_a_broken_file_is_named(tmp_path):
         decode(broken)
 
 
-def test_an_unknown_profile_is_refused(root, tmp_path):
+def test_an_unknown_degradation_is_refused(root, tmp_path):
     with pytest.raises(SettingError, match="nano"):
-        write_pairs(tmp_path / "x.npy", PairJob(root=root, cache_dir=tmp_path, count=1, profile="odd"))
+        write_pairs(tmp_path / "x.npy", PairJob(root=root, cache_dir=tmp_path, count=1, degradation="odd"))

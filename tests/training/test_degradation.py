@@ -15,19 +15,19 @@ from training.degradation import (
     FULL,
     IDENTITY,
     KERNELS,
+    MIXTURES,
     NANO,
     PROFILES,
-    STRENGTH_MIX,
     Pass,
     Profile,
     Walk,
     bit_budget,
     code,
     degrade,
+    draw_profile,
     encode_stream,
     gaussian_kernel,
     luma,
-    mixed_profile,
     sinc_kernel,
     upsample,
 )
@@ -58,10 +58,10 @@ def test_another_seed_gives_other_bytes():
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
 @pytest.mark.parametrize("size", [(1, 64, 64), (1, 37, 51), (3, 50, 33), (2, 4, 5)], ids=str)
-def test_any_size_and_length_comes_back_at_a_quarter(profile, size):
+def test_any_size_and_length_comes_back_reduced_as_the_profile_says(profile, size):
     for seed in range(4):
         degraded, _ = degrade(clip(*size), seed, profile)
-        assert degraded.shape == (size[0], 3, size[1] // 4, size[2] // 4)
+        assert degraded.shape == (size[0], 3, size[1] // profile.reduction, size[2] // profile.reduction)
         assert degraded.min() >= 0 and degraded.max() <= 1
 
 
@@ -212,8 +212,8 @@ def test_identity_is_a_plain_reduction_that_enlarges_to_the_size_asked_for():
 
 
 def test_training_at_scale_mixes_strengths_in_their_shares():
-    names = [mixed_profile(seed).name for seed in range(400)]
-    for profile, share in STRENGTH_MIX:
+    names = [draw_profile(MIXTURES["mixed"], seed).name for seed in range(400)]
+    for profile, share in MIXTURES["mixed"]:
         assert names.count(profile.name) / len(names) == pytest.approx(share, abs=0.06)
 
 

