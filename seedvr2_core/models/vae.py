@@ -99,7 +99,11 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = rearrange(x, "b c t h w -> (b t) c h w")
-        return rearrange(super().forward(frames), "(b t) c h w -> b c t h w", b=x.shape[0])
+        return rearrange(self.of_frame(frames), "(b t) c h w -> b c t h w", b=x.shape[0])
+
+    def of_frame(self, frames: Tensor) -> Tensor:
+        """Frames n c h w on their own."""
+        return super().forward(frames)
 
 
 class ResnetBlock(nn.Module):

@@ -1,0 +1,133 @@
+"""The fast autoencoder against the plain one, which defines it: in fp64, where only a mistake makes a difference."""
+
+import copy
+
+import pytest
+import torch
+
+from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
+from seedvr2_core.models.vae_fast import FastOptions, FastVAE, flow
+
+OPTIONS = [FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)]
+EXACT = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoVAE:
+    """Biases as large as anything else, so that none can be forgotten, and widths on both sides of Winograd's."""
+    torch.manual_seed(0)
+    vae = VideoVAE(VAEConfig(widths=(8, 8, 16, 24), blocks=1, groups=4)).double().requires_grad_(False)
+    for parameter in vae.parameters():
+        if parameter.ndim == 1:
+            parameter.normal_(0.5, 0.5)
+    return vae
+
+
+def clip(frames, height=24, width=16, batch=1):
+    generator = torch.Generator().manual_seed(frames)
+    return torch.rand(batch, 3, frames, height, width, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def in_slices(step, x, lengths):
+    state, out = CausalState(), []
+    for part in x.split(lengths, dim=2):
+        y, state = step(part, state)
+        out.append(y)
+    return torch.cat(out, dim=2)
+
+
+def close(actual, expected, atol=1e-12):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@EXACT
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_clips_come_out_as_from_the_plain_one(vae, options, frames):
+    fast, x = FastVAE(vae, options), clip(frames, batch=2)
+    moments = vae.encode(x, slice_frames=None)
+    close(fast.encode(x), moments)
+    latent = posterior(moments)[0]
+    close(fast.decode(latent), vae.decode(latent, slice_latents=None))
+
+
+@EXACT
+@pytest.mark.parametrize("lengths", [[1, 4, 8], [5, 4, 4], [9, 4]], ids=str)
+def test_time_may_be_cut_anywhere(vae, options, lengths):
+    fast, x = FastVAE(vae, options), clip(13)
+    moments = vae.encode(x, slice_frames=None)
+    close(in_slices(fast.encode_slice, x, lengths), moments)
+    latent = posterior(moments)[0]
+    latents = [(lengths[0] - 1) // 4 + 1, *(length // 4 for length in lengths[1:])]
+    close(in_slices(fast.decode_slice, latent, latents), vae.decode(latent, slice_latents=None))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (44, 37), (16, 48)])
+def test_frames_of_any_size_agree(vae, height, width):
+    fast, x = FastVAE(vae), clip(5, height, width)
+    close(fast.encode(x), vae.encode(x))
+    latent = torch.randn(1, 16, 2, height // 8, width // 8, dtype=torch.float64)
+    close(fast.decode(latent), vae.decode(latent))
+
+
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
+@pytest.mark.parametrize("options", [FastOptions(), FastOptions(winograd_from=32)], ids=str)
+def test_the_published_numbers_are_met(golden, tiny_vae, name, options):
+    fast = FastVAE(tiny_vae(name), options)
+    for kind, run, x, y in (("encode", fast.encode, "x", "moments"), ("decode", fast.decode, "z", "sample")):
+        tensors, meta = golden(f"vae/{name}_{kind}")
+        for case in meta["cases"]:
+            close(run(tensors[f"{case}/{x}"]), tensors[f"{case}/{y}"], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
+@pytest.mark.parametrize("options", [FastOptions(), FastOptions(winograd_from=32)], ids=str)
+def test_bfloat16_is_no_further_off_than_1_3_times_the_plain_one(golden, tiny_vae, name, options):
+    plain = copy.deepcopy(tiny_vae(name)).bfloat16()
+    fast = FastVAE(plain, options)
+    for kind, x, y in (("encode", "x", "moments"), ("decode", "z", "sample")):
+        tensors, meta = golden(f"vae/{name}_{kind}")
+        errors = {}
+        for vae in (plain, fast):
+            run = getattr(vae, kind)
+            differences = [run(tensors[f"{c}/{x}"].bfloat16()) - tensors[f"{c}/{y}"] for c in meta["cases"]]
+            errors[vae] = torch.cat([difference.flatten() for difference in differences]).square().mean().sqrt()
+        assert errors[fast] < 1.3 * errors[plain], kind
+
+
+def test_a_slice_leaves_the_state_it_was_given_as_it_was(vae):
+    fast, latent = FastVAE(vae), torch.randn(1, 16, 2, 2, 2, dtype=torch.float64)
+    _, state = fast.decode_slice(latent[:, :, :1], CausalState())
+    first = fast.decode_slice(latent[:, :, 1:], state)[0]
+    assert torch.equal(first, fast.decode_slice(latent[:, :, 1:], state)[0])
+
+
+def test_two_clips_in_turns_do_not_meet(vae):
+    fast, clips = FastVAE(vae), [clip(9), -clip(9)]
+    states, out = [CausalState(), CausalState()], [[], []]
+    for part in zip(*(c.split([5, 4], dim=2) for c in clips), strict=True):
+        for i in range(2):
+            y, states[i] = fast.encode_slice(part[i], states[i])
+            out[i].append(y)
+    for c, pieces in zip(clips, out, strict=True):
+        assert torch.equal(torch.cat(pieces, dim=2), in_slices(fast.encode_slice, c, [5, 4]))
+
+
+def test_after_the_last_slice_nothing_is_kept(vae):
+    fast = FastVAE(vae)
+    assert not fast.encode_slice(clip(5), CausalState(), last=True)[1]
+    assert fast.encode_slice(clip(5), CausalState())[1]
+
+
+def test_no_more_frames_are_under_way_than_a_block_holds():
+    under_way, most = 0, 0
+
+    def source():
+        nonlocal under_way, most
+        for _ in range(9):
+            under_way += 1
+            most = max(most, under_way)
+            yield [torch.zeros(1)]
+
+    for block in flow(lambda frames, state: frames, source(), CausalState(), size=2):
+        under_way -= len(block)
+    assert most == 2
