@@ -16,7 +16,7 @@ Built from the weights of a `VideoVAE`, which stays the definition. What is diff
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -59,6 +59,9 @@ class FastOptions:
     block: int = 2
     # Channels from which two frames share products; None: never. Below, the additions cost more than they save.
     winograd_from: int | None = 256
+    # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
+    # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
+    band: int | None = None
 
 
 class FastVAE:
@@ -140,7 +143,7 @@ def stage_steps(stage: Stage, options: FastOptions) -> list[Step]:
     if isinstance(sampler, Downsampler):
         return [blocks, TemporalDown(sampler) if sampler.conv.kernel_size[0] == 3 else SpatialDown(sampler)]
     if isinstance(sampler, Upsampler):
-        return [blocks, TemporalUp(sampler) if sampler.times == 2 else SpatialUp(sampler, options)]
+        return [blocks, TemporalUp(sampler, options) if sampler.times == 2 else SpatialUp(sampler, options)]
     return [blocks]
 
 
@@ -189,16 +192,18 @@ class Resnet:
 
 
 def temporal_conv(conv: CausalConv3d, options: FastOptions) -> TemporalConv:
-    return TemporalConv(conv.weight, conv.bias, conv.padding[1], options)
+    return TemporalConv(conv.weight, conv.bias, options)
 
 
 class TemporalConv:
     """A causal convolution with 3 taps in time and stride 1. Its state are the two frames before."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: int, options: FastOptions):
+    def __init__(self, weight: Tensor, bias: Tensor, options: FastOptions):
         channels = weight.shape[1]
         shares = options.winograd_from is not None and channels >= options.winograd_from
-        self.taps = (WinogradTaps if shares else DirectTaps)(weight, bias, padding)
+        self.taps: ThreeTaps = (WinogradTaps if shares else DirectTaps)(weight, bias)
+        if options.band is not None:
+            self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         out: Frames = []
@@ -213,44 +218,86 @@ class TemporalConv:
         return out
 
 
-class DirectTaps:
-    """Three taps as torch has them: frames stacked, one call."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: int):
-        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        self.bias, self.padding = bias, padding
-
-    def still(self, frame: Tensor) -> Tensor:
-        """A frame that was always the same."""
-        return F.conv2d(frame, channels_last(self.weight.sum(2)), self.bias, padding=self.padding)
+class Taps(Protocol):
+    """How the taps of a convolution meet frames; all are padded by one row and column."""
 
     def moving(self, frames: Frames) -> Frames:
-        """n + 2 frames -> n frames."""
+        """The results at the last n of n + 2 frames; or, of an upsampler, the one result of all frames."""
+
+
+class ThreeTaps(Taps, Protocol):
+    def still(self, frame: Tensor) -> Tensor:
+        """The result at a frame before which it was always the same."""
+
+
+class BandedTaps:
+    """Bands of rows, one after the other. Exact: a band gets the neighbours' rows that its kernel reaches."""
+
+    def __init__(self, taps: ThreeTaps | StackedTaps, kernel: int, positions: int):
+        """`kernel` is the kernel's height, 2 or 3."""
+        self.taps, self.kernel, self.positions = taps, kernel, positions
+
+    def still(self, frame: Tensor) -> Tensor:
+        return self.in_bands(lambda frames: [self.taps.still(*frames)], [frame])[0]
+
+    def moving(self, frames: Frames) -> Frames:
+        return self.in_bands(self.taps.moving, frames)
+
+    def in_bands(self, compute: Callable[[Frames], Frames], frames: Frames) -> Frames:
+        height, width = frames[0].shape[-2:]
+        rows = max(1, self.positions // width)
+        if rows >= height:
+            return compute(frames)
+        # A kernel of 2 rows has one result more: before the first row, between rows, behind the last.
+        results = height + 3 - self.kernel
+        out: Frames = []
+        for start in range(0, results, rows):
+            stop = min(start + rows, results)
+            first = max(0, start - 1)
+            bands = [frame[..., first : stop + self.kernel - 2, :] for frame in frames]
+            for index, band in enumerate(compute(bands)):
+                if start == 0:
+                    b, c, _, w = band.shape
+                    out.append(band.new_empty(b, results, w, c).permute(0, 3, 1, 2))
+                # At the edge of a band the padding took the place of rows that exist.
+                out[index][..., start:stop, :] = band[..., start - first : stop - first, :]
+        return out
+
+
+class DirectTaps:
+    """Frames stacked, one call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        self.bias = bias
+
+    def still(self, frame: Tensor) -> Tensor:
+        return F.conv2d(frame, channels_last(self.weight.sum(2)), self.bias, padding=1)
+
+    def moving(self, frames: Frames) -> Frames:
         b, c, h, w = frames[0].shape
         stacked = frames[0].new_empty(b, len(frames), h, w, c).permute(0, 4, 1, 2, 3)
         torch.stack(frames, dim=2, out=stacked)
-        return list(F.conv3d(stacked, self.weight, self.bias, padding=(0, self.padding, self.padding)).unbind(2))
+        return list(F.conv3d(stacked, self.weight, self.bias, padding=(0, 1, 1)).unbind(2))
 
 
 class WinogradTaps:
-    """Three taps for two frames at a time, four products instead of six.
+    """Two frames at a time, four products instead of six.
 
     Source: Winograd's F(2, 3), in one dimension; Lavin and Gray, arXiv 1509.09308.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: int):
+    def __init__(self, weight: Tensor, bias: Tensor):
         early, middle, late = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)
         # The last one is negative, so that everything below is added.
         kernels = (early, (early + middle + late) / 2, (early - middle + late) / 2, -late)
         self.outer, self.total, self.difference, self.inner = (channels_last(k.to(weight.dtype)) for k in kernels)
-        self.bias, self.padding = bias, padding
+        self.bias = bias
 
     def still(self, frame: Tensor) -> Tensor:
-        """A frame that was always the same."""
         return self.conv(frame + frame, self.total, self.bias)
 
     def moving(self, frames: Frames) -> Frames:
-        """n + 2 frames -> n frames."""
         out: Frames = []
         for start in range(0, len(frames) - 2, 2):
             out += self.pair(*frames[start : start + 4])
@@ -265,7 +312,7 @@ class WinogradTaps:
         return out
 
     def conv(self, frame: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(frame, kernel, bias, padding=self.padding)
+        return F.conv2d(frame, kernel, bias, padding=1)
 
 
 class SpatialDown:
@@ -374,7 +421,7 @@ class SpatialUp:
 
     def __init__(self, sampler: Upsampler, options: FastOptions):
         weight, bias, self.phases = merge(sampler, [[(0, 0), (1, 0), (2, 0)]])
-        self.conv = TemporalConv(weight, bias, 1, options)
+        self.conv = TemporalConv(weight, bias, options)
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         return [fine for coarse in self.conv(frames, state) for fine in self.phases(coarse)]
@@ -383,11 +430,11 @@ class SpatialUp:
 class TemporalUp:
     """Doubles time, height and width. Its state is the frame before, and what to do with the next."""
 
-    def __init__(self, sampler: Upsampler):
+    def __init__(self, sampler: Upsampler, options: FastOptions):
         # The second half of what the first frame becomes is dropped, and the first half stands in for all before it.
-        self.first = CoarseUp(sampler, [[(0, 0), (0, 0), (0, 0)]])
-        self.second = CoarseUp(sampler, [[(0, 0), (0, 0), (1, 0)], [(0, 0), (1, 0), (1, 1)]])
-        self.regular = CoarseUp(sampler, [[(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0), (1, 1)]])
+        self.first = CoarseUp(sampler, options, [[(0, 0), (0, 0), (0, 0)]])
+        self.second = CoarseUp(sampler, options, [[(0, 0), (0, 0), (1, 0)], [(0, 0), (1, 0), (1, 1)]])
+        self.regular = CoarseUp(sampler, options, [[(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0), (1, 1)]])
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         out: Frames = []
@@ -401,12 +448,24 @@ class TemporalUp:
 class CoarseUp:
     """An upsampler that sees a fixed number of coarse frames."""
 
-    def __init__(self, sampler: Upsampler, taps: Sequence[Sequence[tuple[int, int]]]):
-        weight, self.bias, self.phases = merge(sampler, taps)
-        self.weight = channels_last(weight.transpose(1, 2).flatten(1, 2))
+    def __init__(self, sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]):
+        weight, bias, self.phases = merge(sampler, taps)
+        self.taps: Taps = StackedTaps(weight, bias)
+        if options.band is not None:
+            self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
 
     def __call__(self, coarse: Frames) -> Frames:
-        return self.phases(F.conv2d(torch.cat(coarse, dim=1), self.weight, self.bias, padding=1))
+        return self.phases(*self.taps.moving(coarse))
+
+
+class StackedTaps:
+    """As many frames as there are taps, one above the other as channels, for one result."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = channels_last(weight.transpose(1, 2).flatten(1, 2)), bias
+
+    def moving(self, frames: Frames) -> Frames:
+        return [F.conv2d(torch.cat(frames, dim=1), self.weight, self.bias, padding=1)]
 
 
 def channels_last(x: Tensor) -> Tensor:

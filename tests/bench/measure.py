@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +31,6 @@ GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 Call = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Seconds that others needed for a case."""
-
-    published: float | None  # the published code
-    reformulated: float | None  # the same numbers with fewer operations
-    clock: Literal["wall", "busy"] = "wall"  # which of our clocks compares
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing to compute, and who computes it."""
@@ -49,7 +39,8 @@ class Case:
     # By name: builds weights and inputs on a device. A partial of a module's function, so that another process gets it.
     contenders: Mapping[str, Callable[[torch.device], Call]]
     reference: str  # contender whose output the others are compared with
-    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    # Contender -> the one it wants to be faster than.
+    against: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +193,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ArithmeticError(f"{case.name} {name} gave NaN or infinity")
-        baseline = case.baselines.get(name)
+        other = case.against.get(name)
         rows.append(
             {
                 "case": case.name,
@@ -210,27 +201,19 @@ def measure(case: Case, options: Options) -> list[dict]:
                 "seconds": asdict(timings[name]),
                 "memory": asdict(memory[name]) if memory[name] else None,
                 "relative_l2": None if name == case.reference else relative_l2(output, outputs[case.reference]),
-                "baseline": asdict(baseline) if baseline else None,
+                "against": other,
+                "speedup": timings[other].median / timings[name].median if other else None,
             }
         )
     return rows
 
 
-def speedup(row: dict) -> float | None:
-    """How many times faster than the published code, by the clock that its figure was taken with."""
-    baseline, seconds = row["baseline"], row["seconds"]
-    if not baseline or baseline["published"] is None:
-        return None
-    return baseline["published"] / seconds["median" if baseline["clock"] == "wall" else "busy"]
-
-
 def table(rows: Sequence[dict]) -> str:
     """Rows for reading; "-" where there is no figure."""
-    head = ("case", "contender", "median s", "min..max", "busy s", "first s", "peak MB", "rel. L2",
-            "published s", "re-form. s", "x published")  # fmt: skip
+    head = ("case", "contender", "median s", "min..max", "busy s", "first s", "peak MB", "rel. L2", "speed-up")
     lines = [head]
     for row in rows:
-        seconds, memory, baseline = row["seconds"], row["memory"], row["baseline"] or {}
+        seconds, memory = row["seconds"], row["memory"]
         lines.append(
             (
                 row["case"],
@@ -241,16 +224,12 @@ def table(rows: Sequence[dict]) -> str:
                 f"{seconds['first']:.3f}",
                 _number(memory and memory["peak"] / 1e6, ".0f"),
                 _number(row["relative_l2"], ".1e"),
-                _number(baseline.get("published"), ".3g") + ("*" if baseline.get("clock") == "busy" else ""),
-                _number(baseline.get("reformulated"), ".3g"),
-                _number(speedup(row), ".2f"),
+                _number(row["speedup"], ".2f"),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    text = "\n".join(line.rstrip() for line in padded)
-    starred = any(row["baseline"] and row["baseline"]["clock"] == "busy" for row in rows)
-    return text + ("\n* CPU seconds / 2; compared with our busy seconds" if starred else "")
+    return "\n".join(line.rstrip() for line in padded)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,14 +6,17 @@ Encoding and decoding as the pipeline does it: in slices, the mean of the poster
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 
 import torch
+from torch import Tensor
 
-from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE, posterior
+from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
+from seedvr2_core.models.vae_fast import FastVAE
 from seedvr2_core.video.geometry import latent_grid
-from tests.bench.measure import Baseline, Call, Case, Options, build, main, random
+from tests.bench.measure import Call, Case, Options, build, main, random
 
 Shape = tuple[int, int, int]
 
@@ -23,30 +26,40 @@ QUICK_SHAPES: tuple[Shape, ...] = ((5, 32, 32), (1, 48, 32))
 QUICK_VAE = VAEConfig(widths=(32, 32, 64, 64), blocks=1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Source: the project's performance notes, section 2, "CPU baselines": published code and its exact re-formulation,
-# random weights, true channel sizes, torch 2.13 on 2 AVX512-bf16 cores. 9x128x128 was taken as CPU seconds / 2.
-BASELINES = {
-    ("encode 5x96x96", "fp32"): Baseline(1.91, 1.20),
-    ("decode 5x96x96", "fp32"): Baseline(5.18, 2.40),
-    ("encode 5x96x96", "bf16"): Baseline(0.893, 0.572),
-    ("decode 5x96x96", "bf16"): Baseline(2.06, 1.37),
-    ("encode 9x128x128", "bf16"): Baseline(2.42, 1.99, "busy"),
-    ("decode 9x128x128", "bf16"): Baseline(6.76, 4.01, "busy"),
-    ("encode 1x256x256", "bf16"): Baseline(1.92, 0.46),
-    ("decode 1x256x256", "bf16"): Baseline(4.66, 0.93),
-}
 
 
-def encode(config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
-    vae = build(lambda: VideoVAE(config), dtype, device)
+def plain(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> VideoVAE:
+    return build(lambda: VideoVAE(config), dtype, device)
+
+
+def fast(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
+    return FastVAE(plain(config, dtype, device))
+
+
+MAKERS = {"plain": plain, "fast": fast}
+
+
+def encode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+    vae = MAKERS[maker](config, dtype, device)
     clip = random((1, 3, *shape), torch.float32, device).tanh().to(dtype)
-    return lambda: posterior(vae.encode(clip))[0]
+    return lambda: posterior(run(vae.encode_slice, clip, 4))[0]
 
 
-def decode(config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
-    vae = build(lambda: VideoVAE(config), dtype, device)
+def decode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+    vae = MAKERS[maker](config, dtype, device)
     latent = random((1, config.latent_channels, *latent_grid(*shape)), dtype, device)
-    return lambda: vae.decode(latent)
+    return lambda: run(vae.decode_slice, latent, 1)
+
+
+def run(step: Callable, x: Tensor, length: int) -> Tensor:
+    """Slice by slice, with the state always kept: so the plain one is the literal one, without its shortcut for a
+    lone picture."""
+    state, out = CausalState(), []
+    for part in [x[:, :, : 1 + length], *x[:, :, 1 + length :].split(length, dim=2)]:
+        if part.shape[2]:
+            y, state = step(part, state)
+            out.append(y)
+    return torch.cat(out, dim=2)
 
 
 def list_cases(options: Options) -> Sequence[Case]:
@@ -56,14 +69,12 @@ def list_cases(options: Options) -> Sequence[Case]:
     for shape in shapes:
         for make in (encode, decode):
             name = f"{make.__name__} {'x'.join(map(str, shape))}"
-            cases.append(
-                Case(
-                    name=name,
-                    contenders={label: partial(make, config, shape, dtype) for label, dtype in DTYPES.items()},
-                    reference="fp32",
-                    baselines={label: BASELINES[name, label] for label in DTYPES if (name, label) in BASELINES},
-                )
-            )
+            contenders = {
+                f"{maker} {label}": partial(make, maker, config, shape, dtype)
+                for maker, (label, dtype) in product(MAKERS, DTYPES.items())
+            }
+            against = {f"fast {label}": f"plain {label}" for label in DTYPES}
+            cases.append(Case(name=name, contenders=contenders, reference="plain fp32", against=against))
     return cases
 
 

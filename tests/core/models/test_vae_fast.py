@@ -8,7 +8,10 @@ import torch
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE, flow
 
-OPTIONS = [FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)]
+OPTIONS = [
+    *(FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)),
+    *(FastOptions(band=band, winograd_from=winograd) for band in (1, 40, 130) for winograd in (None, 16)),
+]
 EXACT = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
