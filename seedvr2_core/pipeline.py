@@ -4,6 +4,8 @@ Everything is a chain of generators, so a clip of any length flows through in pi
 correct, write. The autoencoder carries its causal state from piece to piece and so never sees a border. The transformer
 works on chunks that share two latents, which are cross-faded; its noise belongs to frames, not to chunks.
 
+Files are read and written by threads of their own; frames go to the device, and from it to a file, as whole numbers.
+
     T H W frames as shown   c channels, 3 or 4 with alpha   b c t h w latents
 """
 
@@ -15,6 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -35,7 +38,7 @@ from .models.vae import CausalState, VideoVAE, posterior
 from .video.alpha import upscale_alpha
 from .video.chunks import OVERLAP, crossfade, overlapping
 from .video.color import ColorTransfer
-from .video.files import MediaInfo, open_reader, open_writer, probe
+from .video.files import MediaInfo, Moment, open_reader, open_writer, probe
 from .video.geometry import (
     LATENT_FRAMES,
     Grid,
@@ -52,6 +55,8 @@ from .video.geometry import (
     to_frames,
     token_grid,
 )
+from .video.threads import read_ahead, write_behind
+from .video.transfers import download, upload
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ Frames = Iterable[Tensor]
 
 # Frames encoded at a time. More would be a little faster and take proportionally more memory.
 PIECE = LATENT_FRAMES
+# Frames read before they are needed, and finished ones that wait to be written; both as whole numbers.
+READ_AHEAD = WRITE_BEHIND = 2 * PIECE
 # Share of the free memory that the transformer's activations may take when the chunk is chosen automatically.
 MEMORY_SHARE = 0.4
 # Latents in an automatic chunk: below, there is little to see in time; above, nothing is gained.
@@ -190,16 +197,25 @@ def restore_file(
             moments.append(frame.time)
             yield frame.pixels
 
-    written = 0
-    with open_reader(info) as reader, open_writer(destination, info, width=width, height=height) as writer:
-        for piece in stream(pixels(reader), models, settings, (height, width), info.frames, on_progress):
-            writer.write(piece, [moments.popleft() for _ in piece])
-            written += len(piece)
+    def write(frame: tuple[Callable, Moment]) -> None:
+        arrived, moment = frame
+        writer.write_packed(arrived(), moment)
+
+    with (
+        open_reader(info) as reader,
+        open_writer(destination, info, width=width, height=height) as writer,
+        closing(read_ahead(reader, READ_AHEAD)) as ahead,
+        write_behind(write, WRITE_BEHIND) as put,
+    ):
+        size = height, width
+        for piece in stream_on_device(pixels(ahead), models, settings, size, info.frames, on_progress):
+            for frame in piece:
+                put((download(writer.pack(frame)), moments.popleft()))
     return Report(
         source=Path(source),
         destination=Path(destination),
         model=models.label,
-        frames=written,
+        frames=writer.frames,
         width=width,
         height=height,
         seconds=round(time.perf_counter() - start, 3),
@@ -207,7 +223,6 @@ def restore_file(
     )
 
 
-@torch.inference_mode()
 def stream(
     frames: Frames,
     models: Models,
@@ -230,6 +245,20 @@ def stream(
         MediaError: there is no frame.
         SettingError: a setting is impossible here, or takes more memory than there is.
     """
+    for piece in stream_on_device(frames, models, settings, size, total, on_progress):
+        yield piece.cpu()
+
+
+@torch.inference_mode()
+def stream_on_device(
+    frames: Frames,
+    models: Models,
+    settings: Settings,
+    size: tuple[int, int],
+    total: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[Tensor]:
+    """`stream` before its frames leave the device of the models, which may still be at work on them."""
     life = _Life(models, settings, size, total, on_progress or (lambda stage, done, total: None))
     conditions = life.encode(life.pieces(frames))
     latents = life.restore(conditions)
@@ -367,13 +396,13 @@ class _Life:
             content = transfer(content, to_clip(self.fit(sources)))
             frames = to_frames(content)
             if sources[0].shape[-1] == 4:
-                alpha = torch.stack([to_floats(source[..., 3:]) for source in sources]).permute(0, 3, 1, 2)
-                frames = torch.cat([frames, upscale_alpha(alpha.to(content.device), content)], dim=1)
-            yield frames.permute(0, 2, 3, 1).cpu()
+                alpha = torch.stack([to_floats(upload(source[..., 3:], content.device)) for source in sources])
+                frames = torch.cat([frames, upscale_alpha(alpha.permute(0, 3, 1, 2), content)], dim=1)
+            yield frames.permute(0, 2, 3, 1)
 
     def fit(self, frames: list[Tensor]) -> Tensor:
         """Colours of source frames T 3 H W in 0..1, on the device and in the size of the result."""
-        clip = torch.stack([to_floats(frame[..., :3].to(self.models.device)) for frame in frames])
+        clip = torch.stack([to_floats(upload(frame[..., :3], self.models.device)) for frame in frames])
         return resize(clip.permute(0, 3, 1, 2), *self.size)
 
     def report(self, stage: Stage, done: float) -> None:

@@ -9,6 +9,7 @@ layouts into planes, which is lossless.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,8 +97,11 @@ def rgb_from_frame(frame: av.VideoFrame, coding: Coding, *, alpha: bool) -> Tens
     return pixels
 
 
-def frame_from_rgb(pixels: Tensor, pixel_format: str, coding: Coding) -> av.VideoFrame:
-    """Encode (H, W, c) RGB or RGBA, floating point 0..1, as a frame of a planar pixel format, rounded."""
+def planes_from_rgb(pixels: Tensor, pixel_format: str, coding: Coding) -> list[Tensor]:
+    """Encode (H, W, c) RGB or RGBA, floating point 0..1, for a planar pixel format, rounded.
+
+    Returns a plane of whole numbers per component of the format, uint8 up to 8 bits, else uint16.
+    """
     height, width, _ = pixels.shape
     layout, bits = av.VideoFormat(pixel_format, width, height), depth_of(pixel_format)
     red, green, blue, *alpha = pixels.float().clamp(0, 1).unbind(-1)
@@ -111,12 +115,18 @@ def frame_from_rgb(pixels: Tensor, pixel_format: str, coding: Coding) -> av.Vide
     parts = [_quantise(value, bits, coding, chroma=i > 0) for i, value in enumerate(values)]
     if has_alpha(pixel_format):
         parts.append((alpha[0] * (2**bits - 1)).round())
+    return [part.to(torch.uint8 if bits <= 8 else torch.uint16) for part in parts]
+
+
+def frame_from_planes(planes: Sequence[Tensor], pixel_format: str, coding: Coding) -> av.VideoFrame:
+    """The frame that has these planes, see `planes_from_rgb`."""
+    height, width = planes[0].shape
     frame = av.VideoFrame(width, height, pixel_format)
-    dtype = np.dtype("u1" if bits <= 8 else "<u2")
-    for component, part in zip(layout.components, parts, strict=True):
+    dtype = np.dtype("u1" if depth_of(pixel_format) <= 8 else "<u2")
+    for component, values in zip(frame.format.components, planes, strict=True):
         plane = frame.planes[component.plane]
         rows = np.zeros((plane.height, plane.line_size // dtype.itemsize), dtype)
-        rows[:, : plane.width] = part.cpu().numpy()
+        rows[:, : plane.width] = values.cpu().numpy()
         plane.update(rows)
     frame.colorspace = number_of(MATRICES, coding.matrix)
     frame.color_range = number_of(RANGES, coding.range)

@@ -9,11 +9,12 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -147,10 +148,13 @@ class ImageWriter(Writer):
         _check_alpha(dst, alpha)
         self.source = source
 
-    def _write(self, frame: Tensor, time: Moment) -> None:
+    def _pack(self, frame: Tensor) -> list[Tensor]:
+        return [integers(frame, _written_depth(self.dst, self.source.bit_depth))]
+
+    def _write(self, planes: Sequence[Tensor], time: Moment) -> None:
         if self.frames:
             raise MediaError(f"{self.dst.name} holds one picture; name a video or a folder for more.")
-        write_image(self.partial, frame, self.source.bit_depth, _color_profile(self.source.path))
+        write_image(self.partial, planes[0], self.source.bit_depth, _color_profile(self.source.path))
 
     def _finish(self) -> None:
         pass
@@ -171,10 +175,14 @@ class FolderWriter(Writer):
             shutil.rmtree(self.partial)  # left by a run that was killed
         self.partial.mkdir()
 
-    def _write(self, frame: Tensor, time: Moment) -> None:
+    def _pack(self, frame: Tensor) -> list[Tensor]:
+        # For those of its images that can have as many bits; the others make theirs of them.
+        return [integers(frame, 16 if self.source.bit_depth > 8 else 8)]
+
+    def _write(self, planes: Sequence[Tensor], time: Moment) -> None:
         original = self.originals[self.frames] if self.frames < len(self.originals) else None
         name = original.name if original else f"{self.frames + 1:06d}.png"
-        write_image(self.partial / name, frame, self.source.bit_depth, _color_profile(original))
+        write_image(self.partial / name, planes[0], self.source.bit_depth, _color_profile(original))
 
     def _finish(self) -> None:
         pass
@@ -194,12 +202,10 @@ def read_image(path: Path) -> Tensor:
 
 
 def write_image(path: Path, frame: Tensor, bit_depth: int, color_profile: bytes | None = None) -> None:
-    """Encode one (H, W, c) frame, 0..1, rounded; in 16 bits if `bit_depth` is over 8 and the format can."""
-    suffix = path.suffix.lower()
-    if bit_depth > 8 and suffix in DEEP_ENCODERS:
-        data = _encode_deep(integers(frame, 16), suffix, color_profile)
-    else:
-        data = _encode(integers(frame, 8), suffix, color_profile)
+    """Encode one (H, W, c) frame, 0..1 or codes, rounded; in 16 bits if `bit_depth` is over 8 and the format can."""
+    depth = _written_depth(path, bit_depth)
+    encode = _encode_deep if depth > 8 else _encode
+    data = encode(integers(frame, depth), path.suffix.lower(), color_profile)
     path.write_bytes(data)  # encoded first: Pillow's own writing hides why it fails
 
 
@@ -253,6 +259,10 @@ def _depth(image: Image.Image, path: Path) -> int:
     if image.format == "TIFF":
         return max(8, *image.tag_v2.get(TIFF_BITS_PER_SAMPLE, (8,)))
     return 8
+
+
+def _written_depth(path: Path, bit_depth: int) -> Literal[8, 16]:
+    return 16 if bit_depth > 8 and path.suffix.lower() in DEEP_ENCODERS else 8
 
 
 def _color_profile(path: Path | None) -> bytes | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +16,19 @@ from torch import Tensor
 
 from ..errors import MediaError
 from .encoders import Codec, Encoder, choose
+from .geometry import to_floats
 from .media import MediaInfo, Moment, Writer
-from .planes import MATRICES, PRIMARIES, RANGES, TRANSFERS, Coding, depth_of, frame_from_rgb, number_of
+from .planes import (
+    MATRICES,
+    PRIMARIES,
+    RANGES,
+    TRANSFERS,
+    Coding,
+    depth_of,
+    frame_from_planes,
+    number_of,
+    planes_from_rgb,
+)
 from .video_reader import codec_name, describe, opened
 
 logger = logging.getLogger(__name__)
@@ -96,8 +108,11 @@ class VideoWriter(Writer):
         context.thread_type = "AUTO"
         return stream
 
-    def _write(self, frame: Tensor, time: Moment) -> None:
-        picture = frame_from_rgb(frame, self.pixel_format, self.coding)
+    def _pack(self, frame: Tensor) -> list[Tensor]:
+        return planes_from_rgb(to_floats(frame), self.pixel_format, self.coding)
+
+    def _write(self, planes: Sequence[Tensor], time: Moment) -> None:
+        picture = frame_from_planes(planes, self.pixel_format, self.coding)
         for name, number in self._tags.items():
             if hasattr(picture, name):  # ProRes writes what its frames say; av 14 cannot tell them
                 setattr(picture, name, number)

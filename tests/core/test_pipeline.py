@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from copy import deepcopy
@@ -14,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seedvr2_core import pipeline
 from seedvr2_core.diffusion.conditioning import frame_noise, with_mask
 from seedvr2_core.errors import Cancelled, MediaError, SettingError
 from seedvr2_core.models.vae import posterior
-from seedvr2_core.pipeline import PIECE, Settings, restore, restore_file, stream
+from seedvr2_core.pipeline import PIECE, READ_AHEAD, WRITE_BEHIND, Settings, restore, restore_file, stream
 from seedvr2_core.video.color import ColorTransfer
+from seedvr2_core.video.files import Frame, Moment, Reader
 from seedvr2_core.video.geometry import (
     Target,
     mirror_indices,
@@ -33,6 +37,13 @@ STAGES = ("encode", "restore", "decode")
 SAME = Settings(target=Target.same(), color="none")
 # Three latents, two of which the next chunk shares.
 SHORT = replace(SAME, chunk=9)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
 
 
 def clip(frames: int, height: int = 24, width: int = 32, channels: int = 3) -> Tensor:
@@ -273,6 +284,22 @@ def test_cancelling_stops_at_once_and_leaves_no_file(runnable, folder, stage, na
     assert (folder / "old.mkv").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("frame", [0, 5, 13])
+def test_a_disk_that_fills_up_while_others_are_restored_leaves_no_file(runnable, folder, monkeypatch, frame):
+    written = []
+
+    def write_image(path: Path, *_: object) -> None:
+        if len(written) == frame:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+
+    monkeypatch.setattr("seedvr2_core.video.stills.write_image", write_image)
+    with pytest.raises(MediaError, match=r"new could not be written \(No space left on device\)"):
+        restore_file(folder / "source", folder / "new", runnable, SHORT)
+    assert {path.name for path in folder.iterdir()} == {"source", "old.mkv"}
+    assert len(written) == frame
+
+
 def test_a_report_tells_what_became_of_a_file(runnable, folder):
     report = restore_file(folder / "source", folder / "new.mkv", runnable, Settings(target=Target.scale(1.5)), fps=25)
     assert (report.frames, report.width, report.height, report.model) == (14, 24, 24, "tiny")
@@ -303,6 +330,40 @@ def test_memory_does_not_grow_with_the_number_of_frames(runnable):
     assert max(ahead) <= SHORT.chunk + 3 * PIECE
     assert max(alive) <= SHORT.chunk + 4 * PIECE
     assert max(held[2:]) <= held[1]
+
+
+def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tmp_path, monkeypatch):
+    """The disk is slower than the models, so that frames would pile up before it."""
+    read: list[weakref.ref] = []
+    written, ahead, alive, threads = 0, [], [], []
+
+    class Source(Reader):
+        def _frames(self) -> Iterator[Frame]:
+            for index in range(70):
+                frame = Frame(torch.randint(256, (16, 16, 3), dtype=torch.uint8), Moment(index, 1))
+                read.append(weakref.ref(frame.pixels))
+                ahead.append(len(read) - written)
+                alive.append(sum(pixels() is not None for pixels in read))
+                threads.append(threading.current_thread())
+                yield frame
+
+    def write_image(path: Path, *_: object) -> None:
+        nonlocal written
+        time.sleep(0.005)
+        written += 1
+        threads.append(threading.current_thread())
+
+    (tmp_path / "source").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "source" / "1.png")
+    monkeypatch.setattr(pipeline, "open_reader", Source)
+    monkeypatch.setattr("seedvr2_core.video.stills.write_image", write_image)
+    report = restore_file(tmp_path / "source", tmp_path / "new", runnable, SHORT)
+    assert report.frames == written == 70
+    assert len(set(threads)) == 2 and threading.current_thread() not in threads
+    inside = SHORT.chunk + 3 * PIECE
+    # One more is in each thread's hands.
+    assert max(ahead) <= inside + READ_AHEAD + WRITE_BEHIND + 2
+    assert max(alive) <= inside + PIECE + READ_AHEAD + 1
 
 
 def test_running_out_of_memory_is_told_in_one_sentence(runnable):

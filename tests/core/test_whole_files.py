@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from seedvr2_core.errors import MediaError
-from seedvr2_core.pipeline import Models, Report, Settings, restore_file
-from seedvr2_core.video.files import Frame, open_reader, probe
+from seedvr2_core.pipeline import Models, Report, Settings, restore_file, stream
+from seedvr2_core.video.files import Frame, open_reader, open_writer, probe
 from seedvr2_core.video.geometry import Target, resize
 
 MEDIA = Path(__file__).parent.parent / "media"
@@ -98,6 +98,29 @@ def test_a_clip_with_sound_passes_through_real_layers(shipped, runnable, tmp_pat
     assert (after.frames, after.duration, after.fps) == (report.frames, before.duration, before.fps)
     assert [frame.time for frame in frames(tmp_path / "out.mp4")] == [frame.time for frame in frames(shipped)]
     assert len(sound(shipped)) > 10 and sound(tmp_path / "out.mp4") == sound(shipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("clips/bunny_176x144_15fps.mp4", ""),
+        ("clips/roadtrip_10bit_426x240.webm", ""),
+        ("images/tree_rgba16_342x256.png", ".png"),
+        ("images/tree_rgba16_342x256.png", ".mkv"),
+        ("images/wolf_gray_236x236.jpg", ".jpg"),
+    ],
+)
+def test_whole_numbers_and_threads_change_no_pixel(sample, runnable, tmp_path, name, suffix):
+    """The same file as from floats that are written one after another; encoders without loss show every bit."""
+    source, size = sample(f"lq/{name}"), (HEIGHT, WIDTH)
+    settings = Settings(target=Target.exact(*size), chunk=13)
+    restore_file(source, tmp_path / f"file{suffix}", runnable, settings)
+    info, old = probe(source), frames(source)
+    with open_writer(tmp_path / f"floats{suffix}", info, width=WIDTH, height=HEIGHT) as out:
+        restored = torch.cat(list(stream([frame.pixels for frame in old], runnable, settings, size)))
+        out.write(restored, [frame.time for frame in old])
+    for one, other in zip(frames(tmp_path / f"file{suffix}"), frames(tmp_path / f"floats{suffix}"), strict=True):
+        assert torch.equal(one.pixels, other.pixels)
 
 
 # --- images and folders ----------------------------------------------------------------------------------------------

@@ -456,6 +456,73 @@ def test_frames_of_another_size_or_out_of_order_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- whole numbers ---------------------------------------------------------------------------------------------------
+
+
+def encoded(path: Path) -> list[bytes]:
+    """What is in a file or folder, timestamps and random identifiers of containers left aside."""
+    if path.is_dir():
+        return [each.name.encode() + each.read_bytes() for each in sorted(path.iterdir())]
+    return [data for _, data in packets(path, "video")] if path.suffix == ".mkv" else [path.read_bytes()]
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("name", ["a.mkv", "a.png", "a.tiff", "a.webp", "folder"])
+def test_frames_packed_first_or_given_as_codes_make_the_same_file(tmp_path, name, depth):
+    frames = torch.rand(1 if "." in name and name != "a.mkv" else 3, 33, 57, 4) * 1.2 - 0.1
+    info = described(tmp_path, frames=len(frames), bit_depth=depth)
+    times = moments((3600,) * len(frames))
+    codes = frames.clamp(0, 1).mul(2**depth - 1).round().to(torch.uint8 if depth == 8 else torch.uint16)
+    files = []
+    for folder, pixels in (("whole", frames), ("packed", frames), ("codes", codes), ("floats of codes", codes.float())):
+        (tmp_path / folder).mkdir()
+        dst = tmp_path / folder / name
+        with open_writer(dst, info, width=57, height=33, alpha=True, codec="ffv1" if ".mkv" in name else "auto") as out:
+            if folder == "packed":
+                for planes, time in [(out.pack(frame), time) for frame, time in zip(pixels, times, strict=True)]:
+                    out.write_packed(planes, time)
+            else:
+                out.write(pixels / (2**depth - 1) if folder == "floats of codes" else pixels, times)
+        files.append(encoded(dst))
+    assert files[0] == files[1]
+    assert files[2] == files[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "dtype", "bytes_per_pixel"),
+    [
+        ("a.mp4", 8, torch.uint8, 1.5),
+        ("a.mp4", 10, torch.uint16, 3),
+        ("a.mov", 8, torch.uint8, 1.5),
+        ("a.png", 8, torch.uint8, 3),
+        ("a.png", 16, torch.uint16, 6),
+        ("a.jpg", 16, torch.uint8, 3),
+        ("folder", 10, torch.uint16, 6),
+    ],
+)
+def test_a_packed_frame_is_as_small_as_what_the_encoder_takes(tmp_path, name, depth, dtype, bytes_per_pixel):
+    with pytest.raises(InterruptedError), open_writer(
+        tmp_path / name, described(tmp_path, bit_depth=depth), width=64, height=48
+    ) as out:
+        planes = out.pack(clip(1)[0])
+        assert {plane.dtype for plane in planes} == {dtype}
+        assert sum(plane.nbytes for plane in planes) == 64 * 48 * bytes_per_pixel
+        raise InterruptedError
+
+
+def test_an_image_of_fewer_bits_in_a_folder_of_more_is_rounded_once(tmp_path):
+    """Half of an 8-bit step is half of a 16-bit step too, so that nothing is rounded up twice."""
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "1.png", clip(1), bit_depth=16)
+    save(tmp_path / "in" / "2.webp", clip(1))
+    frames = torch.rand(2, 48, 64, 3)
+    with open_writer(tmp_path / "out", probe(tmp_path / "in"), width=64, height=48) as out:
+        out.write(frames, moments((3600, 3600)))
+    save(tmp_path / "alone.webp", frames[1:])
+    one, two = (Image.open(path).convert("RGB") for path in (tmp_path / "out" / "2.webp", tmp_path / "alone.webp"))
+    assert np.mean(np.asarray(one) != np.asarray(two)) < 0.001
+
+
 # --- images and folders ----------------------------------------------------------------------------------------------
 
 
