@@ -14,6 +14,10 @@ HERE = Path(__file__).parent
 # The full set lies beside the checkout; the few files that matter most are copied into tests/golden.
 SHARED = Path(os.environ.get("SEEDVR2_SHARED", HERE.parent.parent / "shared"))
 
+# Without a GPU, Triton's kernels run in its interpreter; torch may import Triton long before a test does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tensors are tiny here: more threads would only wait for each other.
 torch.set_num_threads(1)
 

@@ -18,9 +18,10 @@ ROOMS = {
     "errors": set(),
     "device": set(),
     "video": set(),
-    "attention": set(),
+    "kernels": set(),
+    "attention": {"kernels"},
     "diffusion": {"video.geometry"},
-    "models": {"attention", "video.geometry"},
+    "models": {"attention", "kernels", "video.geometry"},
     "checkpoints": {"models", "video.geometry"},
     "memory": {"models", "video.geometry"},
 }
@@ -93,7 +94,7 @@ def test_libraries_stay_in_their_rooms(path):
     package, *rest = dotted(path)
     if package != "training" and [package, *rest][:2] != [CORE, "video"]:
         assert not libraries(path) & MEDIA_LIBRARIES
-    if [package, *rest][:2] != [CORE, "attention"]:
+    if [package, *rest][:2] not in ([CORE, "attention"], [CORE, "kernels"]):
         assert not libraries(path) & KERNEL_LIBRARIES
     if [package, *rest] != ["nodes", "host"]:
         assert "comfy" not in libraries(path)

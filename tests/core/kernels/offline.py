@@ -1,0 +1,100 @@
+"""Compile every kernel as it is launched, for GPUs that need not be there. `python -m tests.core.kernels.offline 80 90`
+
+Prints one JSON list: of every compiled kernel its GPU, name, shared memory in bytes and some of its instructions. The
+launching code runs as it is, on tensors without data; only the launch itself is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from seedvr2_core.attention import windows
+from seedvr2_core.kernels import causal_conv3d, group_norm, modulate
+
+INSTRUCTIONS = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.cg", "mma.sync")
+launch = JITFunction.run
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else x
+
+
+def norms() -> None:
+    x = empty(1, 128, 6, 720, 1280)[:, :, 2:]
+    moments = group_norm.group_statistics(x, 32, empty(128))
+    group_norm.add_residual(x, x, 32, empty(128))
+    group_norm.apply_norm_silu(x, moments, empty(128), empty(128), 1e-6, x, empty(128))
+
+
+def modulations() -> None:
+    x, rows = empty(25200, 2560), empty(2, 2560, dtype=torch.float32)
+    sample = empty(25200, dtype=torch.int32)
+    modulate.norm_modulate(x, rows, rows, 1e-5, sample)
+    modulate.gate_residual(x, x, rows, sample)
+
+
+def convolutions(capability: int) -> None:
+    for c_in, c_out in ((128, 128), (128, 3)):
+        x, weight = empty(1, c_in, 6, 720, 1280), empty(c_out, c_in, 3, 3, 3)
+        residual = empty(1, c_out, 4, 720, 1280)
+        for tile in causal_conv3d.tiles(divmod(capability, 10), c_in, c_out):
+            if c_out % 32 == 0:
+                causal_conv3d.causal_conv3d_with_statistics(x, weight, tile, 32, empty(c_out), residual)
+            else:
+                causal_conv3d.causal_conv3d(x, weight, tile, empty(c_out))
+
+
+def attention() -> None:
+    def stream(tokens: int) -> windows.StreamCall:
+        q, k, v = empty(tokens, 3, 20, 128).unbind(1)
+        return windows.StreamCall(q=q, k=k, v=v, norm_q=empty(128), norm_k=empty(128))
+
+    turns = empty(870 + 58, 63, dtype=torch.float32)
+    made = windows.window_map(empty(870, dtype=torch.int64), [[810, 60]], [58], "meta")
+    call = windows.WindowCall(vid=stream(870), txt=stream(58), cos=turns, sin=turns, eps=1e-5, windows=made)
+    for tile in windows.TILES:
+        windows.attend(call, tile)
+
+
+def main() -> None:
+    made = []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        ptx = kernel.asm["ptx"]
+        made.append(
+            {
+                "capability": capability,
+                "kernel": self.__name__,
+                "shared": kernel.metadata.shared,
+                "uses": [name for name in INSTRUCTIONS if name in ptx],
+            }
+        )
+        return kernel
+
+    JITFunction.run = compile_only
+    for capability in map(int, sys.argv[1:]):
+        gpu = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),  # noqa: B023, used in this round alone
+            get_current_device=lambda: capability,  # noqa: B023
+            get_current_stream=lambda device: 0,
+        )
+        driver.set_active(gpu)
+        norms()
+        modulations()
+        convolutions(capability)
+        attention()
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

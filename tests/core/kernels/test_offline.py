@@ -1,0 +1,58 @@
+"""Kernels compile for GPUs that are not there, and use what those GPUs are good at."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Shared memory that one block may have, in bytes, by compute capability.
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+ROOT = Path(__file__).parents[3]
+
+# Half a minute on a slow CPU.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Everything, for Ampere and Hopper. In a process of its own, where Triton does not interpret."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs the package triton")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-m", "tests.core.kernels.offline", "80", "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def of(compiled, capability, kernel):
+    found = [entry for entry in compiled if (entry["capability"], entry["kernel"]) == (capability, kernel)]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_every_kernel_compiles_and_fits_shared_memory(compiled, capability):
+    mine = [entry for entry in compiled if entry["capability"] == capability]
+    expected = {"statistics_kernel", "apply_kernel", "norm_modulate_kernel", "gate_residual_kernel", "pointer_kernel",
+                "key_kernel", "window_kernel"}  # fmt: skip
+    assert {entry["kernel"] for entry in mine} == expected | ({"descriptor_kernel"} if capability == 90 else set())
+    # What fits compute capability 8.0 here also fits the smaller GPUs of its generation.
+    limit = SHARED[86 if capability == 80 else capability]
+    assert [entry for entry in mine if entry["shared"] > limit] == []
+
+
+def test_hopper_multiplies_with_its_own_instructions_and_copies_boxes(compiled):
+    for entry in of(compiled, 90, "descriptor_kernel"):
+        assert entry["uses"] == ["wgmma.mma_async", "cp.async.bulk.tensor"]
+    for kernel in ("pointer_kernel", "window_kernel"):
+        assert all(entry["uses"] == ["wgmma.mma_async", "cp.async.cg"] for entry in of(compiled, 90, kernel))
+
+
+def test_ampere_loads_ahead_and_multiplies_with_tensor_cores(compiled):
+    for kernel in ("pointer_kernel", "window_kernel"):
+        assert all(entry["uses"] == ["cp.async.cg", "mma.sync"] for entry in of(compiled, 80, kernel))
