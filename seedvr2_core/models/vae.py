@@ -159,6 +159,7 @@ class Downsampler(nn.Module):
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
+        self.temporal = temporal
         kernel, stride = ((3, 3, 3), (2, 2, 2)) if temporal else ((1, 3, 3), (1, 2, 2))
         self.conv = CausalConv3d(channels, channels, kernel, stride)
 

@@ -24,8 +24,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from .row_split import RowSplit
 from .vae import (
     CausalConv3d,
     CausalState,
@@ -62,6 +63,8 @@ class FastOptions:
     # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
     # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
     band: int | None = None
+    # Where this process has only some rows of every frame: how it meets the others.
+    split: RowSplit | None = None
 
 
 class FastVAE:
@@ -89,6 +92,7 @@ class FastVAE:
     def decode(self, latent: Tensor) -> Tensor:
         return self.decode_slice(latent, CausalState(), last=True)[0]
 
+    @torch.no_grad()
     def _run(self, steps: Sequence[Step], x: Tensor, state: CausalState, last: bool) -> tuple[Tensor, CausalState]:
         # The first frame of a clip goes alone: what follows comes in pairs.
         parts = [x] if state else x.split([1, x.shape[2] - 1], dim=2)
@@ -118,22 +122,22 @@ def flow(step: Step, blocks: Iterable[Frames], state: CausalState, size: int) ->
 def encoder_steps(encoder: Encoder, options: FastOptions) -> list[Step]:
     """The encoder, cut where frames get fewer."""
     mid = encoder.mid_block
-    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0]), Resnet(mid.resnets[1], options)]
+    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), Resnet(mid.resnets[1], options)]
     return [
         temporal_conv(encoder.conv_in, options),
         *(step for stage in encoder.down_blocks for step in stage_steps(stage, options)),
-        Chain([*middle, NormSilu(encoder.conv_norm_out), temporal_conv(encoder.conv_out, options)]),
+        Chain([*middle, NormSilu(encoder.conv_norm_out, options), temporal_conv(encoder.conv_out, options)]),
     ]
 
 
 def decoder_steps(decoder: Decoder, options: FastOptions) -> list[Step]:
     """The decoder, cut where frames get more."""
     mid = decoder.mid_block
-    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0]), Resnet(mid.resnets[1], options)]
+    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), Resnet(mid.resnets[1], options)]
     return [
         Chain([temporal_conv(decoder.conv_in, options), *middle]),
         *(step for stage in decoder.up_blocks for step in stage_steps(stage, options)),
-        Chain([NormSilu(decoder.conv_norm_out), temporal_conv(decoder.conv_out, options)]),
+        Chain([NormSilu(decoder.conv_norm_out, options), temporal_conv(decoder.conv_out, options)]),
     ]
 
 
@@ -141,7 +145,7 @@ def stage_steps(stage: Stage, options: FastOptions) -> list[Step]:
     blocks = Chain([Resnet(step, options) for step in stage.steps if isinstance(step, ResnetBlock)])
     sampler = stage.steps[-1]
     if isinstance(sampler, Downsampler):
-        return [blocks, TemporalDown(sampler) if sampler.conv.kernel_size[0] == 3 else SpatialDown(sampler)]
+        return [blocks, (TemporalDown if sampler.temporal else SpatialDown)(sampler, options)]
     if isinstance(sampler, Upsampler):
         return [blocks, TemporalUp(sampler, options) if sampler.times == 2 else SpatialUp(sampler, options)]
     return [blocks]
@@ -160,25 +164,50 @@ class Chain:
 
 
 class NormSilu:
-    def __init__(self, norm: FrameNorm):
-        self.norm = norm
+    def __init__(self, norm: FrameNorm, options: FastOptions):
+        self.norm, self.split = norm, options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        return [F.silu(self.norm.of_frame(frame), inplace=True) for frame in frames]
+        return [F.silu(self.normed(frame), inplace=True) for frame in frames]
+
+    def normed(self, frame: Tensor) -> Tensor:
+        return self.norm.of_frame(frame) if self.split is None else split_norm(frame, self.norm, self.split)
+
+
+def split_norm(frame: Tensor, norm: nn.GroupNorm, split: RowSplit) -> Tensor:
+    """Group norm of some rows of a frame, with the statistics of all of them."""
+    groups = frame.unflatten(1, (norm.num_groups, -1)).to(torch.promote_types(frame.dtype, torch.float32))
+    count, mean = groups[0, 0].numel(), groups.mean((2, 3, 4))
+    # Means and squares about each process's own mean, put together as Chan et al. do: no large squares to subtract.
+    square = (groups - mean[:, :, None, None, None]).square().sum((2, 3, 4))
+    all_count = split.total(mean.new_tensor([count]))
+    all_mean = split.total(mean * count) / all_count
+    variance = split.total(square + count * (mean - all_mean).square()) / all_count
+    scale = (variance + norm.eps).rsqrt()
+    out = (groups - all_mean[:, :, None, None, None]) * scale[:, :, None, None, None]
+    out = out.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return channels_last(out.to(frame.dtype))
 
 
 class Attention:
-    def __init__(self, attention: FrameAttention):
-        self.attention = attention
+    def __init__(self, attention: FrameAttention, options: FastOptions):
+        self.attention, self.split = attention, options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        return [channels_last(self.attention(frame.unsqueeze(2)).squeeze(2)) for frame in frames]
+        return [channels_last(self.attend(frame)) for frame in frames]
+
+    def attend(self, frame: Tensor) -> Tensor:
+        if self.split is None:
+            return self.attention(frame.unsqueeze(2)).squeeze(2)
+        # On the coarsest grid there is little to compute, so every process does all of it.
+        whole, rows = self.split.gather(frame)
+        return self.attention(whole.unsqueeze(2)).squeeze(2)[:, :, rows]
 
 
 class Resnet:
     def __init__(self, block: ResnetBlock, options: FastOptions):
-        self.first = Chain([NormSilu(block.norm1), temporal_conv(block.conv1, options)])
-        self.second = Chain([NormSilu(block.norm2), temporal_conv(block.conv2, options)])
+        self.first = Chain([NormSilu(block.norm1, options), temporal_conv(block.conv1, options)])
+        self.second = Chain([NormSilu(block.norm2, options), temporal_conv(block.conv2, options)])
         self.shortcut = None
         if block.conv_shortcut is not None:
             self.shortcut = channels_last(block.conv_shortcut.weight.squeeze(2)), block.conv_shortcut.bias
@@ -204,8 +233,11 @@ class TemporalConv:
         self.taps: ThreeTaps = (WinogradTaps if shares else DirectTaps)(weight, bias)
         if options.band is not None:
             self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
+        self.split = options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
+        if self.split:
+            frames = [self.split.extend(frame) for frame in frames]
         out: Frames = []
         if self not in state:
             first, *frames = frames
@@ -215,7 +247,7 @@ class TemporalConv:
             frames = [*state[self], *frames]
             state[self] = frames[-2:]
             out += self.taps.moving(frames)
-        return out
+        return [self.split.trim(frame) for frame in out] if self.split else out
 
 
 class Taps(Protocol):
@@ -318,22 +350,28 @@ class WinogradTaps:
 class SpatialDown:
     """Halves height and width."""
 
-    def __init__(self, sampler: Downsampler):
+    def __init__(self, sampler: Downsampler, options: FastOptions):
         self.weight, self.bias = channels_last(sampler.conv.weight.squeeze(2)), sampler.conv.bias
+        self.split = options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        return [F.conv2d(F.pad(frame, (0, 1, 0, 1)), self.weight, self.bias, stride=2) for frame in frames]
+        return [F.conv2d(pad_end(frame, self.split), self.weight, self.bias, stride=2) for frame in frames]
+
+
+def pad_end(frame: Tensor, split: RowSplit | None) -> Tensor:
+    """One more row at the bottom and column at the right, of zeros."""
+    return F.pad(frame, (0, 1, 0, 1)) if split is None else F.pad(split.extend_below(frame), (0, 1))
 
 
 class TemporalDown:
     """Halves time, height and width. Its state are the frames that the next result needs and that are here already."""
 
-    def __init__(self, sampler: Downsampler):
+    def __init__(self, sampler: Downsampler, options: FastOptions):
         self.weight = sampler.conv.weight.contiguous(memory_format=torch.channels_last_3d)
-        self.bias = sampler.conv.bias
+        self.bias, self.split = sampler.conv.bias, options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        padded = [F.pad(frame, (0, 1, 0, 1)) for frame in frames]
+        padded = [pad_end(frame, self.split) for frame in frames]
         out: Frames = []
         if self not in state:
             out.append(F.conv2d(padded[0], channels_last(self.weight.sum(2)), self.bias, stride=2))
@@ -347,7 +385,9 @@ class TemporalDown:
         return out
 
 
-def merge(sampler: Upsampler, taps: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor, Phases]:
+def merge(
+    sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Tensor, Tensor, Phases]:
     """An upsampler as one convolution on the coarse grid: its weight (s p q c_out) c_in cells 2 2, its bias (s p q
     c_out), and what makes fine frames of its results.
 
@@ -376,7 +416,7 @@ def merge(sampler: Upsampler, taps: Sequence[Sequence[tuple[int, int]]]) -> tupl
             tap_bias[s, p, q, i, j] += kernel @ expand_bias[phase]
     bias = tap_bias.sum((3, 4)) + sampler.conv.bias
     merged = rearrange(merged, "s p q cell i j c_out c_in -> (s p q c_out) c_in cell i j")
-    return merged.to(dtype), bias.flatten().to(dtype), Phases(tap_bias.to(dtype))
+    return merged.to(dtype), bias.flatten().to(dtype), Phases(tap_bias.to(dtype), options.split)
 
 
 @dataclass(frozen=True)
@@ -385,6 +425,7 @@ class Phases:
 
     # What the first convolution's bias contributes through each tap of the second: s p q 3 3 c.
     tap_bias: Tensor
+    split: RowSplit | None
 
     def __call__(self, coarse: Tensor) -> Frames:
         """b (s p q c) h+1 w+1 -> s frames b c 2h 2w."""
@@ -401,18 +442,23 @@ class Phases:
             frames.append(frame)
         return frames
 
-    @staticmethod
-    def mend_border(frame: Tensor, tap_bias: Tensor) -> None:
+    def mend_border(self, frame: Tensor, tap_bias: Tensor) -> None:
         """Beyond the border the fine grid is zero: take out what the bias has added from there.
 
         The first row has p = 0 and misses tap 0, the last has p = 1 and misses tap 2; columns likewise. A corner misses
         both, but the tap they share only once.
         """
-        for p, i in ((0, 0), (1, 2)):
+        top, bottom, left, right = (0, 0), (1, 2), (0, 0), (1, 2)
+        rows = [top, bottom]
+        if self.split:
+            rows = [top] * (not self.split.has_above) + [bottom] * (not self.split.has_below)
+        for p, i in rows:
             for q in range(2):
                 frame[..., -p, q::2] -= tap_bias[p, q, i].sum(0)[:, None]
-                frame[..., q::2, -p] -= tap_bias[q, p, :, i].sum(0)[:, None]
-        for (p, i), (q, j) in product(((0, 0), (1, 2)), repeat=2):
+        for q, j in (left, right):
+            for p in range(2):
+                frame[..., p::2, -q] -= tap_bias[p, q, :, j].sum(0)[:, None]
+        for (p, i), (q, j) in product(rows, (left, right)):
             frame[..., -p, -q] += tap_bias[p, q, i, j]
 
 
@@ -420,7 +466,7 @@ class SpatialUp:
     """Doubles height and width."""
 
     def __init__(self, sampler: Upsampler, options: FastOptions):
-        weight, bias, self.phases = merge(sampler, [[(0, 0), (1, 0), (2, 0)]])
+        weight, bias, self.phases = merge(sampler, options, [[(0, 0), (1, 0), (2, 0)]])
         self.conv = TemporalConv(weight, bias, options)
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
@@ -449,13 +495,17 @@ class CoarseUp:
     """An upsampler that sees a fixed number of coarse frames."""
 
     def __init__(self, sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]):
-        weight, bias, self.phases = merge(sampler, taps)
+        weight, bias, self.phases = merge(sampler, options, taps)
         self.taps: Taps = StackedTaps(weight, bias)
         if options.band is not None:
             self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
+        self.split = options.split
 
     def __call__(self, coarse: Frames) -> Frames:
-        return self.phases(*self.taps.moving(coarse))
+        if self.split is None:
+            return self.phases(*self.taps.moving(coarse))
+        (result,) = self.taps.moving([self.split.extend(frame) for frame in coarse])
+        return self.phases(self.split.trim(result))
 
 
 class StackedTaps:
