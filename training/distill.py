@@ -35,8 +35,9 @@ class Distillation:
     optim: OptimConfig
     teacher: Path  # run directory of the stage before
     steps: int = 64  # of the first teacher; a power of two
-    # Weight of the clean latent itself in the last halving. A student of its teacher alone draws a sample; this pulls
-    # it towards the mean of all samples: more fidelity, less texture. Adversarial training does the same with its L1.
+    # Weight of the clean latent itself in the last halving. A student of its teacher alone draws a sample. Above 0 it
+    # is pulled towards the mean of all samples: more fidelity, less texture. Below 0 (and above -1) it is pushed away
+    # from it, which mends samples of less texture than the data.
     w_data: float = 0.0
     batch: int = 8
     condition_noise: float = 0.25
@@ -49,7 +50,7 @@ RECIPES = {
         optim=OptimConfig(lr=3e-4, final_lr=3e-5, warmup=20),
         teacher=Path("runs/pretrain"),
         steps=8,
-        w_data=0.4,
+        w_data=-0.15,
         batch=16,
         condition_noise=0.1,
     )

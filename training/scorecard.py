@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seedvr2_core.device import pick_device, pick_dtype
-from seedvr2_core.models.vae import VideoVAE, posterior
+from seedvr2_core.models.vae import posterior
 from seedvr2_core.pipeline import Models, Settings, load_models, restore
 from seedvr2_core.video.geometry import Target, crop, pad_to_multiple, to_clip, to_frames
 
@@ -34,17 +34,17 @@ def score(item: EvalItem, models: Models, settings: Settings) -> dict[str, dict[
     frames = degraded.permute(0, 2, 3, 1)
     restored = restore(frames, models, replace(settings, target=Target.exact(height, width))).permute(0, 3, 1, 2)
     return {
-        "vae": {"psnr": psnr(reconstruct(models.vae, item.frames), item.frames)},
+        "vae": {"psnr": psnr(reconstruct(models, item.frames), item.frames)},
         "bicubic": measure(upsample(degraded, height, width), item.frames),
         "restored": measure(restored, item.frames),
     }
 
 
 @torch.inference_mode()
-def reconstruct(vae: VideoVAE, frames: Tensor) -> Tensor:
+def reconstruct(models: Models, frames: Tensor) -> Tensor:
     """Frames T 3 H W in 0..1 through the autoencoder and back; T = 4n+1."""
-    clip = pad_to_multiple(to_clip(frames)).transpose(0, 1)[None].to(next(vae.parameters()))
-    decoded = vae.decode(posterior(vae.encode(clip))[0])[0].transpose(0, 1)
+    clip = pad_to_multiple(to_clip(frames)).transpose(0, 1)[None].to(models.device, models.dtype)
+    decoded = models.vae.decode(posterior(models.vae.encode(clip))[0])[0].transpose(0, 1)
     return to_frames(crop(decoded, *frames.shape[2:])).cpu()
 
 
