@@ -11,9 +11,12 @@ their tensors load strictly.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 from ..attention import AttentionCall, Sequences, varlen_attention
 from ..errors import SettingError
 from ..video.geometry import PATCH, Grid
-from .rope import RopeBuffer, RopeKind, rotate, text_angles, video_angles
+from .linear import Linear
+from .rope import RopeBuffer, RopeKind, Turns, rotate, window_factors
 from .windows import WindowConfig, window_tokens
 
 NORM_EPS = 1e-5
@@ -31,6 +35,8 @@ NORM_EPS = 1e-5
 TIME_CHANNELS = 256
 # Timesteps are 0..1 everywhere else, 1 being pure noise; the embedding was trained on 0..1000.
 TIME_SCALE = 1000.0
+# Rows that a CPU takes at a time: what lies between two products then stays in its cache, and is reused memory.
+CPU_ROWS = 512
 
 Stream = Literal["vid", "txt"]
 Mlp = Literal["swiglu", "gelu"]
@@ -82,13 +88,12 @@ SEEDVR2_7B = DiTConfig(
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """How the packed tokens of a batch are dealt into the windows of one kind of layer."""
+    """How the tokens of a batch are dealt into the windows of one kind of layer; equal windows lie side by side."""
 
     gather: Tensor  # packed window sequences -> index into [video tokens, text tokens]
-    vid_place: Tensor  # n, where a video token lies in the window sequences
-    txt_place: tuple[Tensor, ...]  # of each sample: windows l, where its text lies in each window
-    cos: Tensor  # n+l m, rotary angles of [video tokens, text tokens]
-    sin: Tensor
+    spread: Tensor  # n+r, where in the packed sequences the video tokens lie, then the text of every window
+    texts: tuple[tuple[int, int], ...]  # of each sample: windows and text tokens; r is the sum of their products
+    turns: tuple[Turns, ...]  # rotary factors of each run of equal windows
     sequences: Sequences
 
 
@@ -119,43 +124,49 @@ def make_layout(
     return Layout(tuple(grids), tuple(text_lengths), regular, shifted)
 
 
+class _Window(NamedTuple):
+    shape: Grid
+    sample: int
+    vid: Tensor  # index into [video tokens, text tokens]
+    txt: Tensor
+
+    @property
+    def kind(self) -> tuple[int, Grid, int]:
+        """Sorts sequences of one length next to each other and, among them, those with the same rotary factors."""
+        return len(self.vid) + len(self.txt), self.shape, len(self.txt)
+
+
 def _window_layout(
     grids: Sequence[Grid], text_lengths: Sequence[int], config: DiTConfig, shifted: bool, device: torch.device
 ) -> WindowLayout:
-    total = sum(math.prod(grid) for grid in grids)
-    gather, lengths, txt_place = [], [], []
-    vid_place = torch.empty(total, dtype=torch.long)
-    vid_angles, txt_angles = [], []
-    vid_start, txt_start, place = 0, total, 0
-    for grid, text_length in zip(grids, text_lengths, strict=True):
+    n = sum(math.prod(grid) for grid in grids)
+    vid_start, txt_start = 0, n
+    windows = []
+    for sample, (grid, text_length) in enumerate(zip(grids, text_lengths, strict=True)):
         order, shapes = window_tokens(grid, config.windows, shifted)
-        counts = [math.prod(shape) for shape in shapes]
-        of_shape = {shape: video_angles(config.rope, config.head_dim, shape, text_length) for shape in set(shapes)}
-        angles = torch.cat([of_shape[shape] for shape in shapes])
-        vid_angles.append(torch.empty_like(angles).index_copy_(0, order, angles))
-        angles = text_angles(config.rope, config.head_dim, text_length)
-        # An angle of zero leaves text as it is.
-        txt_angles.append(vid_angles[0].new_zeros(text_length, vid_angles[0].shape[1]) if angles is None else angles)
-
         text = torch.arange(txt_start, txt_start + text_length)
-        text_rows = []
-        for tokens in order.split(counts):
-            gather += [vid_start + tokens, text]
-            vid_place[vid_start + tokens] = torch.arange(place, place + len(tokens))
-            place += len(tokens) + text_length
-            text_rows.append(torch.arange(place - text_length, place))
-            lengths.append(len(tokens) + text_length)
-        txt_place.append(torch.stack(text_rows).to(device))
+        parts = (vid_start + order).split([math.prod(shape) for shape in shapes])
+        windows += [_Window(shape, sample, part, text) for shape, part in zip(shapes, parts, strict=True)]
         vid_start += len(order)
         txt_start += text_length
-    angles = torch.cat([*vid_angles, *txt_angles])
+    windows.sort(key=lambda window: window.kind)
+
+    gather = torch.cat([part for window in windows for part in (window.vid, window.txt)])
+    runs = [(kind, len(list(run))) for kind, run in groupby(window.kind for window in windows)]
+    counts = Counter(window.sample for window in windows)
+    # Video tokens come first and in order; the text of the windows follows, sample after sample.
+    sample = torch.cat([torch.full(window.txt.shape, window.sample) for window in windows])
+    rank = gather.clone()
+    rank[gather >= n] = n + sample
     return WindowLayout(
-        gather=torch.cat(gather).to(device),
-        vid_place=vid_place.to(device),
-        txt_place=tuple(txt_place),
-        cos=angles.cos().to(device),
-        sin=angles.sin().to(device),
-        sequences=Sequences(tuple(lengths), device),
+        gather=gather.to(device),
+        spread=rank.argsort(stable=True).to(device),
+        texts=tuple((counts[i], length) for i, length in enumerate(text_lengths)),
+        turns=tuple(
+            Turns(count, window_factors(config.rope, config.head_dim, shape, text_length).to(device))
+            for (_, shape, text_length), count in runs
+        ),
+        sequences=Sequences(tuple(length for (length, _, _), count in runs for _ in range(count)), device),
     )
 
 
@@ -201,26 +212,36 @@ class Conditioning:
     """
 
     def __init__(self, embedding: Tensor, lengths: Sequence[int]):
-        self.embedding = rearrange(embedding, "b (c sub kind) -> sub kind b c", sub=2, kind=3)
+        self.embedding = rearrange(embedding, "b (c sub kind) -> sub kind b 1 c", sub=2, kind=3)
         self.sample = None
-        if len(lengths) > 1:
-            counts = torch.tensor(lengths, device=embedding.device)
-            self.sample = torch.arange(len(lengths), device=embedding.device).repeat_interleave(counts)
+        if len(set(lengths)) > 1:
+            sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            self.sample = sample.to(embedding.device)
 
-    def __call__(self, sub: int, kind: int, offset: Tensor) -> Tensor:
-        """The embedding plus a layer's own offset: n c, or 1 c if all tokens belong to one sample."""
+    def __call__(self, sub: int, *offsets: Tensor) -> tuple[Tensor, ...]:
+        """The embedding plus a layer's own offsets, in the order of kinds.
+
+        Returns:
+            of every kind s 1 c for s equal shares of the tokens: one, or one a sample, or where samples differ in
+            length as many as there are tokens.
+        """
         # The offsets are small differences; their sum is formed in fp32 as in the published model.
-        value = self.embedding[sub, kind].float() + offset.float()
-        return value if self.sample is None else value[self.sample]
+        kinds = self.embedding[sub, : len(offsets)].float() + torch.stack(offsets).float()[:, None, None]
+        kinds = kinds.to(self.embedding.dtype)
+        return (kinds if self.sample is None else kinds[:, self.sample]).unbind()
 
 
-SHIFT, SCALE, GATE = range(3)
 ATTN, MLP = range(2)
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift; there is no "1 +", the learned scale already lies around 1."""
-    return x * scale.to(x.dtype) + shift.to(x.dtype)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * scale + shift, n c; there is no "1 +", the learned scale already lies around 1."""
+    return torch.addcmul(shift, _shares(x, scale), scale).flatten(0, 1)
+
+
+def _shares(x: Tensor, kind: Tensor) -> Tensor:
+    """Tokens n c as the shares s n/s c that a kind of `Conditioning` speaks of."""
+    return x.unflatten(0, (len(kind), -1))
 
 
 class Modulation(nn.Module):
@@ -232,38 +253,49 @@ class Modulation(nn.Module):
             for kind, start in (("shift", 0.0), ("scale", 1.0), ("gate", 1.0)):
                 self.register_parameter(f"{sub}_{kind}", nn.Parameter(torch.full((dim,), start)))
 
-    def enter(self, x: Tensor, sub: int, conditioning: Conditioning) -> Tensor:
-        shift, scale, _ = self.offsets(sub)
-        return modulate(x, conditioning(sub, SCALE, scale), conditioning(sub, SHIFT, shift))
+    def forward(self, conditioning: Conditioning) -> tuple[Gains, Gains]:
+        """What happens to the tokens around the attention, and around the feed-forward."""
+        return (
+            Gains(*conditioning(ATTN, self.attn_shift, self.attn_scale, self.attn_gate)),
+            Gains(*conditioning(MLP, self.mlp_shift, self.mlp_scale, self.mlp_gate)),
+        )
 
-    def leave(self, x: Tensor, sub: int, conditioning: Conditioning) -> Tensor:
-        return x * conditioning(sub, GATE, self.offsets(sub)[GATE]).to(x.dtype)
 
-    def offsets(self, sub: int) -> tuple[Tensor, Tensor, Tensor]:
-        if sub == ATTN:
-            return self.attn_shift, self.attn_scale, self.attn_gate
-        return self.mlp_shift, self.mlp_scale, self.mlp_gate
+class Gains(NamedTuple):
+    """Shift, scale and gate of one sub-layer, each as `Conditioning` gives it."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Normalised and modulated, what the sub-layer reads."""
+        return modulate(rms(x), self.shift, self.scale)
+
+    def leave(self, x: Tensor, out: Tensor) -> Tensor:
+        """The residual stream x plus the gated result of the sub-layer."""
+        return torch.addcmul(_shares(x, self.gate), _shares(out, self.gate), self.gate).flatten(0, 1)
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.proj_in_gate = nn.Linear(dim, hidden, bias=False)
-        self.proj_out = nn.Linear(hidden, dim, bias=False)
-        self.proj_in = nn.Linear(dim, hidden, bias=False)
+        self.proj_in_gate = Linear(dim, hidden, bias=False)
+        self.proj_out = Linear(hidden, dim, bias=False)
+        self.proj_in = Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.silu(self.proj_in_gate(x)) * self.proj_in(x))
+        return self.proj_out(self.proj_in(x, factor=self.proj_in_gate(x, "silu")))
 
 
 class GeluMlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.proj_in = nn.Linear(dim, hidden)
-        self.proj_out = nn.Linear(hidden, dim)
+        self.proj_in = Linear(dim, hidden)
+        self.proj_out = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
+        return self.proj_out(self.proj_in(x, "gelu"))
 
 
 class WindowAttention(nn.Module):
@@ -273,28 +305,51 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         inner = config.heads * config.head_dim
-        self.proj_qkv = Streams(lambda: nn.Linear(config.dim, 3 * inner, bias=False), shared)
-        self.proj_out = Streams(lambda: nn.Linear(inner, config.dim), shared)
+        self.proj_qkv = Streams(lambda: Linear(config.dim, 3 * inner, bias=False), shared)
+        self.proj_out = Streams(lambda: Linear(inner, config.dim), shared)
         self.norm_q = Streams(lambda: nn.RMSNorm(config.head_dim, eps=NORM_EPS), shared)
         self.norm_k = Streams(lambda: nn.RMSNorm(config.head_dim, eps=NORM_EPS), shared)
         self.rope = RopeBuffer(config.rope, config.head_dim)
 
-    def forward(self, vid: Tensor, txt: Tensor, layout: WindowLayout, attention: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, vid: Tensor, txt: Tensor, layout: WindowLayout, attention: str, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n c and l c in and out. The text that comes out is still to be projected, see `project_text`."""
-        q, k, v = (torch.cat(pair) for pair in zip(self._qkv(vid, "vid"), self._qkv(txt, "txt"), strict=True))
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
-        call = AttentionCall(q[layout.gather], k[layout.gather], v[layout.gather], layout.sequences)
-        out = varlen_attention(call, attention).flatten(-2)
-        txt = torch.cat([out[place].mean(dim=0) for place in layout.txt_place])
-        return self.proj_out["vid"](out[layout.vid_place]), txt
+        q, k, v = (_rows(x, layout.gather) for x in self._qkv(vid, txt, rows))
+        call = AttentionCall(rotate(q, layout.turns), rotate(k, layout.turns), v, layout.sequences)
+        out = _rows(varlen_attention(call, attention).flatten(1), layout.spread)
+        vid, *texts = out.split([len(vid), *(windows * length for windows, length in layout.texts)])
+        txt = [text.unflatten(0, shape).mean(0) for text, shape in zip(texts, layout.texts, strict=True)]
+        return self.proj_out["vid"](vid), torch.cat(txt)
 
     def project_text(self, txt: Tensor) -> Tensor:
         return self.proj_out["txt"](txt)
 
-    def _qkv(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, vid: Tensor, txt: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of [video tokens, text tokens], not rotated yet: n+l heads d."""
+        if self.proj_qkv.shared:
+            return self._project(torch.cat([vid, txt]), "vid", rows)
+        q, k, v = zip(self._project(vid, "vid", rows), self._project(txt, "txt", rows), strict=True)
+        return torch.cat(q), torch.cat(k), torch.cat(v)
+
+    def _project(self, x: Tensor, stream: Stream, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.proj_qkv[stream](x)
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, d=self.head_dim)
-        return self.norm_q[stream](q), self.norm_k[stream](k), v
+        return _normed(q, self.norm_q[stream].weight, rows), _normed(k, self.norm_k[stream].weight, rows), v
+
+
+def _normed(x: Tensor, weight: Tensor, rows: int | None) -> Tensor:
+    """RMS norm of n heads d; in the memory of x, which nobody else holds, where no gradient is needed."""
+    if torch.is_grad_enabled():
+        return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
+    for part in x.split(rows or len(x)):
+        part.mul_(inverse_rms(part)).mul_(weight)
+    return x
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]. An embedding, because its gradient is the only one of torch's ways to gather that is not slow."""
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 class Block(nn.Module):
@@ -318,24 +373,50 @@ class Block(nn.Module):
         txt_cond: Conditioning,
         layout: WindowLayout,
         attention: str,
+        rows: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        vid_in = self.ada["vid"].enter(rms(vid), ATTN, vid_cond)
-        txt_in = self.ada["txt"].enter(rms(txt), ATTN, txt_cond) if self.modulate_text else rms(txt)
-        vid_out, txt_out = self.attn(vid_in, txt_in, layout, attention)
-        vid = self._feed(vid + self.ada["vid"].leave(vid_out, ATTN, vid_cond), "vid", vid_cond)
+        """n c and l c in and out; `rows` as for the model, where all tokens have one conditioning."""
+        (vid_attn, vid_mlp), (txt_attn, txt_mlp) = self.ada["vid"](vid_cond), self.ada["txt"](txt_cond)
+        vid_in = in_turns(vid_attn.enter, vid, rows)
+        txt_in = txt_attn.enter(txt) if self.modulate_text else rms(txt)
+        vid_out, txt_out = self.attn(vid_in, txt_in, layout, attention, rows)
+        vid = vid_attn.leave(vid, vid_out)
+        vid = in_turns(partial(self._feed, "vid", vid_mlp), vid, rows)
         if self.last:
             return vid, txt
-        txt_out = self.attn.project_text(txt_out)
-        return vid, self._feed(txt + self.ada["txt"].leave(txt_out, ATTN, txt_cond), "txt", txt_cond)
+        txt = txt_attn.leave(txt, self.attn.project_text(txt_out))
+        return vid, self._feed("txt", txt_mlp, txt)
 
-    def _feed(self, x: Tensor, stream: Stream, cond: Conditioning) -> Tensor:
-        ada = self.ada[stream]
-        return x + ada.leave(self.mlp[stream](ada.enter(rms(x), MLP, cond)), MLP, cond)
+    def _feed(self, stream: Stream, gains: Gains, x: Tensor) -> Tensor:
+        return gains.leave(x, self.mlp[stream](gains.enter(x)))
+
+
+def in_turns(f: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> Tensor:
+    """f(x), for an f that treats every row alone, a few rows at a time: what it holds in between stays small."""
+    if rows is None or rows >= len(x) or torch.is_grad_enabled():
+        return f(x)
+    out = None
+    for start in range(0, len(x), rows):
+        part = f(x[start : start + rows])
+        if out is None:
+            out = part.new_empty(len(x), *part.shape[1:])
+        out[start : start + rows] = part
+    return out
 
 
 def rms(x: Tensor) -> Tensor:
-    """RMS norm without weights; torch computes it in fp32."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    """RMS norm of n c without weights, in fp32 inside."""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    # Elsewhere torch puts it together from passes that write squares and fp32 copies of all tokens.
+    return (x * inverse_rms(x)).to(x.dtype)
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """What to multiply x ... c with to normalise it: ... 1, fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return (norm.square() / x.shape[-1] + NORM_EPS).rsqrt()
 
 
 class Projection(nn.Module):
@@ -357,8 +438,8 @@ class OutModulation(nn.Module):
         self.out_shift = nn.Parameter(torch.zeros(dim))
         self.out_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        return modulate(x, cond(ATTN, SCALE, self.out_scale), cond(ATTN, SHIFT, self.out_shift))
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        return modulate(x, *conditioning(ATTN, self.out_shift, self.out_scale))
 
 
 class DiT(nn.Module):
@@ -387,6 +468,7 @@ class DiT(nn.Module):
         *,
         layout: Layout | None = None,
         attention: str = "auto",
+        rows: int | None = None,
         on_block: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """Velocity of every sample.
@@ -398,6 +480,8 @@ class DiT(nn.Module):
             timesteps: b in 0..1, 1 being pure noise.
             layout: from `layout_of` for these shapes, where several calls share one.
             attention: a name of `seedvr2_core.attention`, or "auto".
+            rows: video tokens that norms and feed-forwards take at a time, given one sample and no gradient; fewer
+                take less memory. None: all of them, but on a CPU only as many as its cache holds.
             on_block: called as on_block(done, total) after every layer; it may raise to cancel.
 
         Returns:
@@ -410,16 +494,23 @@ class DiT(nn.Module):
         vid = self.vid_in(torch.cat([patchify(latent) for latent in latents]))
         txt = self.txt_in(torch.cat(list(texts)))
         counts = [math.prod(grid) for grid in layout.grids]
+        if len(counts) > 1:
+            rows = None
+        elif rows is None and vid.device.type == "cpu":
+            rows = CPU_ROWS
         embedding = self.emb_in(timesteps)
         vid_cond, txt_cond = Conditioning(embedding, counts), Conditioning(embedding, layout.text_lengths)
         for index, block in enumerate(self.blocks):
-            vid, txt = block(vid, txt, vid_cond, txt_cond, layout.of_layer(index), attention)
+            vid, txt = block(vid, txt, vid_cond, txt_cond, layout.of_layer(index), attention, rows)
             if on_block:
                 on_block(index + 1, len(self.blocks))
-        if self.config.out_norm:
-            vid = self.vid_out_ada(self.vid_out_norm(vid), vid_cond)
-        out = self.vid_out(vid).split(counts)
+        out = in_turns(partial(self._head, vid_cond), vid, rows).split(counts)
         return [unpatchify(tokens, grid) for tokens, grid in zip(out, layout.grids, strict=True)]
+
+    def _head(self, conditioning: Conditioning, x: Tensor) -> Tensor:
+        if self.config.out_norm:
+            x = self.vid_out_ada(self.vid_out_norm(x), conditioning)
+        return self.vid_out(x)
 
     def layout_of(self, latents: Sequence[Tensor] | Tensor, texts: Sequence[Tensor] | Tensor) -> Layout:
         """The window layout of samples of these shapes."""

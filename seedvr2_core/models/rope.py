@@ -9,9 +9,11 @@ to their own precision (in fp8 an angle would be off by radians).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..video.geometry import Grid
@@ -60,16 +62,47 @@ def _angles(positions: Tensor, freqs: Tensor) -> Tensor:
     return (positions[:, :, None] * freqs).flatten(1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the first 2m channels of x (n heads d) by n m angles given as cosine and sine.
+class Turns(NamedTuple):
+    """The rotation of a run of equal sequences, as large as one of them."""
 
-    Computed in fp32 and returned in the type of x: angles reach 400 radians.
+    count: int  # sequences
+    factors: Tensor  # l d/2 complex, of one sequence, see `factors`
+
+
+def window_factors(kind: RopeKind, head_dim: int, window: Grid, text_length: int) -> Tensor:
+    """Factors l d/2 of the tokens of a window and of the text after them."""
+    video = video_angles(kind, head_dim, window, text_length)
+    text = text_angles(kind, head_dim, text_length)
+    return factors(torch.cat([video, video.new_zeros(text_length, video.shape[1]) if text is None else text]), head_dim)
+
+
+def factors(angles: Tensor, head_dim: int) -> Tensor:
+    """Complex numbers n d/2 whose products with pairs of channels rotate the first m of them; the others keep still."""
+    angles = F.pad(angles, (0, head_dim // 2 - angles.shape[1]))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, turns: Sequence[Turns]) -> Tensor:
+    """Rotate adjacent pairs of channels of x, l heads d, run after run of equal sequences.
+
+    Computed in fp32 and returned in the type of x: angles reach 400 radians. Where x needs no gradient, the result lies
+    in its memory.
     """
-    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+    runs = x.split([count * len(factors) for count, factors in turns])
+    rotated = [
+        _rotate(run.unflatten(0, (count, -1)), factors[:, None]).flatten(0, 1)
+        for run, (count, factors) in zip(runs, turns, strict=True)
+    ]
+    return torch.cat(rotated) if x.requires_grad else x
+
+
+def _rotate(x: Tensor, factors: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    if x.requires_grad:
+        return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)
+    pairs.mul_(factors)
+    return x if wide is x else x.copy_(wide)
 
 
 class _Frequencies(nn.Module):

@@ -59,7 +59,7 @@ class FastOptions:
     # Frames that pass a stage at once. More is faster on small frames, fewer takes less memory.
     block: int = 2
     # Channels from which two frames share products; None: never. Below, the additions cost more than they save.
-    winograd_from: int | None = 256
+    winograd_from: int | None = 128
     # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
     # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
     band: int | None = None

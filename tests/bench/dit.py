@@ -1,6 +1,7 @@
 """Seconds and memory of transformer layers at their true sizes, with random weights. `python -m tests.bench.dit`
 
-Four layers instead of 32, in the same proportion: one whose text has weights of its own, three that share.
+Four layers instead of 32, in the same proportion: one whose text has weights of its own, three that share. The plain
+formulation of the tests runs beside the model that users get, with the same weights and inputs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from functools import partial
 import torch
 
 from seedvr2_core.models.dit import SEEDVR2_3B, DiT, DiTConfig, make_layout
+from seedvr2_core.models.linear import pack
 from seedvr2_core.video.geometry import PATCH, Grid
 from tests.bench.measure import Call, Case, Options, build, main, random
+from tests.core.models.plain_dit import PlainDiT, plain_layouts
 
 LAYERS = replace(SEEDVR2_3B, depth=4, separate_layers=1)
 QUICK_LAYERS = replace(LAYERS, dim=64, heads=2, head_dim=32, mlp_hidden=96, text_dim=48)
@@ -28,27 +31,41 @@ TEXT_TOKENS = 58
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def restore(config: DiTConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> Call:
+def restore(config: DiTConfig, grid: Grid, dtype: torch.dtype, packing: str, device: torch.device) -> Call:
     """One step of the sampler, at time 1; the window layout is made once, as for a clip."""
-    dit = build(lambda: DiT(config), dtype, device)
+    dit = pack(build(lambda: DiT(config), dtype, device), packing)
+    layout = make_layout([grid], [TEXT_TOKENS], config, device)
+    inputs = make_inputs(config, grid, dtype, device)
+    return lambda: torch.stack(dit(*inputs, layout=layout))
+
+
+def restore_plainly(config: DiTConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> Call:
+    dit = build(lambda: PlainDiT(config), dtype, device)
+    inputs = make_inputs(config, grid, dtype, device)
+    layouts = plain_layouts(*inputs[:2], config)
+    return lambda: torch.stack(dit(*inputs, layouts=layouts))
+
+
+def make_inputs(config: DiTConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple:
     latent = random((1, config.in_channels, grid.t, PATCH * grid.h, PATCH * grid.w), dtype, device)
     text = random((TEXT_TOKENS, config.text_dim), dtype, device, seed=2)
-    layout = make_layout([grid], [TEXT_TOKENS], config, device)
-    time = torch.ones(1, device=device)
-    return lambda: torch.stack(dit(latent, [text], time, layout=layout))
+    return latent, [text], torch.ones(1, device=device)
 
 
 def list_cases(options: Options) -> Sequence[Case]:
     config = QUICK_LAYERS if options.quick else LAYERS
     grids = QUICK_GRIDS if options.quick else CUDA_GRIDS if options.device.type == "cuda" else CPU_GRIDS
-    return [
-        Case(
-            name=f"{config.depth} layers {math.prod(grid)} tokens",
-            contenders={label: partial(restore, config, grid, dtype) for label, dtype in DTYPES.items()},
-            reference="fp32",
-        )
-        for grid in grids
-    ]
+    cases = []
+    for grid in grids:
+        contenders = {}
+        for label, dtype in DTYPES.items():
+            contenders[f"plain {label}"] = partial(restore_plainly, config, grid, dtype)
+            contenders[f"fast {label}"] = partial(restore, config, grid, dtype, "auto")
+        contenders["fp8"] = partial(restore, config, grid, torch.bfloat16, "fp8")
+        against = {f"fast {label}": f"plain {label}" for label in DTYPES} | {"fp8": "plain bf16"}
+        name = f"{config.depth} layers {math.prod(grid)} tokens"
+        cases.append(Case(name=name, contenders=contenders, reference="plain fp32", against=against))
+    return cases
 
 
 if __name__ == "__main__":

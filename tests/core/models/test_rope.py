@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seedvr2_core.models.rope import frequencies, rotate, text_angles, video_angles
+from seedvr2_core.models.rope import Turns, factors, frequencies, rotate, text_angles, video_angles
 from seedvr2_core.video.geometry import Grid
 
 ATOL = {"3b": 2e-5, "7b": 1e-4}
@@ -23,6 +23,11 @@ def angles_of(golden, name):
     video = torch.cat([video_angles(kind, head_dim, Grid(*shape), length) for shape, length in windows])
     text = [text_angles(kind, head_dim, length) for length in lengths]
     return tensors, video, torch.cat(text) if name == "3b" else None
+
+
+def turns(angles, head_dim=128, count=1):
+    """The rotation of equal sequences with these angles."""
+    return [Turns(count, factors(angles, head_dim))]
 
 
 def test_frequencies_match(golden):
@@ -47,7 +52,7 @@ def test_queries_and_keys_are_rotated_as_published(golden, name):
         if angles is None:
             continue
         for part in "qk":
-            out = rotate(tensors[f"{stream}_{part}"], angles.cos(), angles.sin())
+            out = rotate(tensors[f"{stream}_{part}"].clone(), turns(angles))
             close(out, tensors[f"{stream}_{part}_out"], ATOL[name])
 
 
@@ -71,8 +76,8 @@ def test_a_window_of_one_token_lies_at_its_beginning():
 
 def test_products_depend_on_the_difference_of_positions():
     angles = text_angles("video_text", 48, 20)
-    q, k = (torch.randn(1, 1, 48).expand(20, 1, 48) for _ in range(2))
-    q, k = (rotate(x, angles.cos(), angles.sin())[:, 0] for x in (q, k))
+    q, k = (torch.randn(1, 1, 48).repeat(20, 1, 1) for _ in range(2))
+    q, k = (rotate(x, turns(angles, 48))[:, 0] for x in (q, k))
     scores = q @ k.T
     close(scores[:-5, :-5], scores[5:, 5:], 1e-4)
 
@@ -80,6 +85,30 @@ def test_products_depend_on_the_difference_of_positions():
 def test_half_precision_is_rotated_in_fp32():
     angles = video_angles("video", 128, Grid(2, 4, 4), 0)
     x = torch.randn(32, 2, 128).bfloat16()
-    out = rotate(x, angles.cos(), angles.sin())
-    assert torch.equal(out, rotate(x.float(), angles.cos(), angles.sin()).bfloat16())
+    out = rotate(x.clone(), turns(angles))
+    assert torch.equal(out, rotate(x.float(), turns(angles)).bfloat16())
     assert torch.equal(out[..., 60:], x[..., 60:])
+
+
+def test_equal_sequences_share_their_rotation():
+    long, short = (video_angles("video_text", 48, Grid(1, 1, length), 2) for length in (5, 3))
+    x = torch.randn(2 * 5 + 3, 2, 48)
+    expected = torch.cat([rotate(part.clone(), turns(angles, 48)) for part, angles in
+                          zip(x.split([5, 5, 3]), (long, long, short), strict=True)])  # fmt: skip
+    assert torch.equal(rotate(x.clone(), turns(long, 48, count=2) + turns(short, 48)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_keeps_what_is_rotated_and_turns_back(dtype):
+    angles = video_angles("video_text", 48, Grid(1, 2, 3), 2)
+    x = torch.randn(12, 2, 48, dtype=dtype)
+    held, kept = x.clone().requires_grad_(), x.clone()
+    out = rotate(held, turns(angles, 48, count=2))
+    assert torch.equal(held, kept)
+    direction = torch.randn_like(out)
+    out.backward(direction)
+    # The inverse of a rotation is the rotation by the opposite angles.
+    assert torch.equal(held.grad, rotate(direction.clone(), turns(-angles, 48, count=2)))
+    assert torch.equal(out, rotate(x, turns(angles, 48, count=2)))
+    # Without a gradient it is done in place.
+    assert torch.equal(out, x)
