@@ -1,23 +1,23 @@
-"""Pictures and clips on disk -> batches of clean crops, and pairs of (clean, degraded) crops.
+"""Pictures and clips on disk -> batches of clean crops, and samples of a clean crop with degraded versions of it.
 
-Sources are decoded once and kept as uint8, in memory or as memory-mapped files that worker processes share. Which crop
-lands in which batch is a pure function of (seed, step, slot), so nothing about the data needs saving for a resume.
-
-    python -m training.data --root DATA --cache-dir CACHE --out pairs.npy --count 6000 --size 128
+A source is decoded once and kept as uint8, in memory or as a memory-mapped file that worker processes share, or decoded
+anew for every crop where neither has room. Clips are split where they cut to another shot. Which crop lands in which
+batch is a pure function of (seed, step, slot), so nothing about the data needs saving for a resume.
 """
 # b batch   T H W pixel frames, height, width   c channels   s side of a square crop
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
 import logging
-import multiprocessing
+import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -27,20 +27,30 @@ from PIL import Image, ImageOps
 
 from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.video.geometry import to_uint8
-from training.degradation import MIXTURES, Mixture, degrade, draw_profile, upsample
+from training.degradation import CODEC_LEAD, Mixture, degrade, draw_profile, upsample
 from training.procedural import moving_view, still
 from training.randomness import key, rng
+from training.shots import scene_cuts, split_shots
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "clip"]
+# Pixels: the side of a square, or height and width.
+Size = int | tuple[int, int]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm")
+# A folder whose pictures are all named like this is a clip, as is any folder of pictures in a folder called clips.
+FRAME_NAME = re.compile(r"(frame|im)?[_-]?\d+", re.IGNORECASE)
+CLIP_FOLDERS = ("clips", "videos")
+# Parts of a data folder that are not for training.
+NOT_FOR_TRAINING = ("eval", "lq")
 # Under a non-commercial licence, while weights trained here are published under Apache-2.0.
 EXCLUDED_STEMS = ("speaker_portrait_540x960",)
 # Windows tried for a crop; the one with most detail is kept, because much of a photograph is sky or out of focus.
 LOOKS = 2
+# Share of sources that may be unreadable, one in any case: more is no accident, and training on the rest would hide it.
+UNREADABLE_SHARE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,8 @@ class DataConfig:
     # Procedural pictures drawn before training, and their side in pixels.
     stills: int = 48
     still_size: int = 512
+    # Whether clips stay decoded, in memory or in the cache folder, or are decoded anew for every crop: slow and small.
+    keep_clips: bool = True
     # File names, without suffix, to leave out.
     excluded: tuple[str, ...] = EXCLUDED_STEMS
 
@@ -68,11 +80,13 @@ class DataConfig:
 
 
 def decode(path: Path) -> np.ndarray:
-    """Read a picture or a clip as uint8 T H W 3; a picture has T = 1.
+    """Read a picture, a clip or a folder of numbered pictures as uint8 T H W 3; a picture has T = 1.
 
     Raises:
         MediaError: the file has no pictures in it, or cannot be decoded.
     """
+    if path.is_dir():
+        return _decode_folder(path)
     try:
         if path.suffix.lower() in IMAGE_SUFFIXES:
             with Image.open(path) as picture:
@@ -86,6 +100,15 @@ def decode(path: Path) -> np.ndarray:
     return np.stack(frames)
 
 
+def _decode_folder(folder: Path) -> np.ndarray:
+    pictures = [decode(path)[0] for path in list_media(folder, IMAGE_SUFFIXES)]
+    sizes = {picture.shape[:2] for picture in pictures}
+    if len(sizes) != 1:
+        raise MediaError(f"{folder.name} holds {len(pictures)} pictures of {len(sizes)} sizes; a clip has frames of "
+                         "one size.")
+    return np.stack(pictures)
+
+
 def list_media(folder: Path, suffixes: Sequence[str], excluded: Sequence[str] = ()) -> list[Path]:
     """Files in folder with one of the suffixes, by name, without the excluded stems; [] where there is no folder."""
     if not folder.is_dir():
@@ -93,10 +116,124 @@ def list_media(folder: Path, suffixes: Sequence[str], excluded: Sequence[str] = 
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.stem not in excluded)
 
 
-def _load(paths: Iterable[Path], cache_dir: Path | None) -> list[np.ndarray]:
-    if cache_dir is None:
-        return [decode(path) for path in paths]
-    return [_cached(cache_dir / f"{path.parent.name}-{path.name}.npy", lambda p=path: decode(p)) for path in paths]
+def list_clips(folder: Path) -> list[Path]:
+    """Videos, pictures and folders of pictures in a folder, by name."""
+    files = list_media(folder, (*IMAGE_SUFFIXES, *CLIP_SUFFIXES))
+    return sorted([*files, *(inner for inner in folder.iterdir() if list_media(inner, IMAGE_SUFFIXES))])
+
+
+def list_sources(root: Path, excluded: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
+    """Photographs and clips to train on, each by path: everything under `root/train`, or under root without such.
+
+    Folders called eval or lq, and hidden ones, are passed over.
+    """
+    top = root / "train" if (root / "train").is_dir() else root
+    images: list[Path] = []
+    clips: list[Path] = []
+    for folder in [top, *sorted(path for path in top.rglob("*") if path.is_dir())]:
+        parts = folder.relative_to(top).parts
+        if any(part.lower() in NOT_FOR_TRAINING or part.startswith(".") for part in parts):
+            continue
+        pictures = list_media(folder, IMAGE_SUFFIXES, excluded)
+        if _is_clip(folder, pictures):
+            clips.append(folder)
+        else:
+            images += pictures
+        clips += list_media(folder, CLIP_SUFFIXES, excluded)
+    return images, clips
+
+
+def _is_clip(folder: Path, pictures: Sequence[Path]) -> bool:
+    if len(pictures) < 2:
+        return False
+    return folder.parent.name.lower() in CLIP_FOLDERS or all(FRAME_NAME.fullmatch(path.stem) for path in pictures)
+
+
+class LazyClip:
+    """A clip that is decoded whenever a part of it is asked for; otherwise like an array T H W 3."""
+
+    def __init__(self, path: Path, start: int, shape: tuple[int, int, int, int]):
+        self.path, self.start, self.shape = path, start, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        frames, *window = index
+        start, stop, _ = frames.indices(len(self))
+        return decode(self.path)[(slice(self.start + start, self.start + stop), *window)]
+
+
+Source = np.ndarray | LazyClip
+
+
+class Loader:
+    """Reads sources, keeps what it has decoded, and counts what it could not read."""
+
+    def __init__(self, cache_dir: Path | None, keep_clips: bool = True):
+        self.cache_dir, self.keep_clips = cache_dir, keep_clips
+        self.unreadable: dict[Path, str] = {}  # and why
+
+    def images(self, paths: Sequence[Path]) -> dict[str, Source]:
+        """Name -> picture; one that cannot be read is left out."""
+        return {_name(path): frames for path in paths if (frames := self._read(path)) is not None}
+
+    def clips(self, paths: Sequence[Path]) -> dict[str, Source]:
+        """Name -> shot, of every shot of every clip; one that cannot be read is left out."""
+        shots: dict[str, Source] = {}
+        for path in paths:
+            frames = self._read(path)
+            if frames is None:
+                continue
+            cuts = self._cuts(path, frames)
+            if cuts:
+                log.info("%s cuts to another shot at frame %s.", path.name, ", ".join(map(str, cuts)))
+            starts = [0, *cuts]
+            for number, (start, shot) in enumerate(zip(starts, split_shots(frames, cuts), strict=True)):
+                kept = shot if self.keep_clips else LazyClip(path, start, shot.shape)
+                shots[f"{_name(path)}#{number}" if cuts else _name(path)] = kept
+        return shots
+
+    def check(self, total: int) -> None:
+        """Refuse where so many of the `total` files were unreadable that it is no accident.
+
+        Raises:
+            MediaError: naming the first of them.
+        """
+        if len(self.unreadable) > max(1, UNREADABLE_SHARE * total):
+            first = next(iter(self.unreadable.values()))
+            raise MediaError(f"{len(self.unreadable)} of {total} files cannot be read, the first because: {first}")
+
+    def _read(self, path: Path) -> np.ndarray | None:
+        try:
+            if self.cache_dir is None or (not self.keep_clips and path.suffix.lower() not in IMAGE_SUFFIXES):
+                return decode(path)
+            return _cached(self._cache(path, ".npy"), lambda: decode(path))
+        except MediaError as error:
+            log.warning("Left out: %s", error)
+            self.unreadable[path] = str(error)
+            return None
+
+    def _cuts(self, path: Path, frames: np.ndarray) -> list[int]:
+        if self.cache_dir is None:
+            return scene_cuts(frames)
+        file = self._cache(path, ".cuts.json")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(scene_cuts(frames)))
+            part.replace(file)
+        return json.loads(file.read_text())
+
+    def _cache(self, path: Path, suffix: str) -> Path:
+        # Another file of this name, or a newer version of this one, is another entry.
+        about = path.stat()
+        version = hashlib.sha256(f"{path.resolve()}/{about.st_size}/{about.st_mtime_ns}".encode()).hexdigest()[:12]
+        return self.cache_dir / f"{path.parent.name}-{path.name}-{version}{suffix}"
+
+
+def _name(path: Path) -> str:
+    return "/".join(path.parts[-3:])
 
 
 def _cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -109,28 +246,44 @@ def _cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     return np.load(file, mmap_mode="r")
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A clean crop and degraded versions of it at its size, with how they came about."""
+
+    clean: torch.Tensor  # uint8 3 T H W
+    degraded: list[torch.Tensor]  # uint8 3 T H W
+    about: dict[str, Any]  # ready for JSON
+
+
 class Dataset:
     """All sources of one run, ready to crop. Every array is uint8 T H W 3.
 
     Args:
-        images: photographs, T = 1.
-        clips: real clips.
+        images: photographs, T = 1, by name or in order.
+        clips: real clips, one shot each.
         stills: procedural pictures, T = 1.
         config: how crops are drawn.
+        unreadable: files that were left out, and why.
     """
 
     def __init__(
         self,
-        images: Sequence[np.ndarray],
-        clips: Sequence[np.ndarray],
+        images: Sequence[Source] | dict[str, Source],
+        clips: Sequence[Source] | dict[str, Source],
         stills: Sequence[np.ndarray],
         config: DataConfig,
+        unreadable: dict[Path, str] | None = None,
     ) -> None:
-        self.images, self.clips, self.stills, self.config = images, clips, stills, config
+        self.image_names, self.images = _named(images, "image")
+        self.clip_names, self.clips = _named(clips, "clip")
+        self.still_names, self.stills = _named(stills, "procedural")
+        self.config, self.unreadable = config, unreadable or {}
 
     @classmethod
     def load(cls, root: Path | None, config: DataConfig | None = None, cache_dir: Path | None = None) -> Dataset:
-        """Decode `root/train/images` and `root/train/clips` and draw the procedural pictures.
+        """Decode the photographs and clips of a folder, see `list_sources`, and draw the procedural pictures.
+
+        A file that cannot be read is left out with a warning, and counted; more than a few are refused.
 
         Args:
             root: the data folder; None for procedural pictures alone.
@@ -139,17 +292,19 @@ class Dataset:
                 and processes share one copy; None decodes into memory.
 
         Raises:
-            MediaError: root holds no training media, or one that cannot be decoded.
+            MediaError: root holds no training media, or too many that cannot be decoded.
         """
         config = config or DataConfig()
-        images: list[np.ndarray] = []
-        clips: list[np.ndarray] = []
+        loader = Loader(cache_dir, config.keep_clips)
+        images: dict[str, Source] = {}
+        clips: dict[str, Source] = {}
         if root is not None:
-            train = Path(root) / "train"
-            images = _load(list_media(train / "images", IMAGE_SUFFIXES, config.excluded), cache_dir)
-            clips = _load(list_media(train / "clips", CLIP_SUFFIXES, config.excluded), cache_dir)
+            pictures, films = list_sources(Path(root), config.excluded)
+            images, clips = loader.images(pictures), loader.clips(films)
+            loader.check(len(pictures) + len(films))
             if not images and not clips:
-                raise MediaError(f"{train} holds no training media. Expected the folders images and clips in it.")
+                raise MediaError(f"{root} holds no training media. Expected photographs and clips in it, or in its "
+                                 "folder train.")
 
         def draw() -> np.ndarray:
             size = config.still_size
@@ -157,18 +312,19 @@ class Dataset:
             return np.stack(pictures)[:, None] if pictures else np.empty((0, 1, size, size, 3), np.uint8)
 
         name = f"procedural-{config.seed}-{config.stills}x{config.still_size}.npy"
-        return cls(images, clips, list(draw() if cache_dir is None else _cached(cache_dir / name, draw)), config)
+        stills = draw() if cache_dir is None else _cached(cache_dir / name, draw)
+        return cls(images, clips, list(stills), config, loader.unreadable)
 
     def sample_batch(
-        self, step: int, *, kind: Kind = "image", batch: int, size: int, frames: int = 1
+        self, step: int, *, kind: Kind = "image", batch: int, size: Size, frames: int = 1
     ) -> torch.Tensor:
-        """Clean crops for one step: float32 b 3 T s s in -1..1, the same for the same (seed, kind, step).
+        """Clean crops for one step: float32 b 3 T H W in -1..1, the same for the same (seed, kind, step).
 
         Args:
             step: optimiser step.
             kind: "image" draws from photographs, "clip" from clips and camera moves over photographs.
             batch: crops.
-            size: side of a crop, in pixels.
+            size: of a crop, in pixels.
             frames: length of a clip, 4n+1; an image has one frame.
 
         Raises:
@@ -177,51 +333,105 @@ class Dataset:
         crops = [self.crop(step, slot, kind=kind, size=size, frames=frames) for slot in range(batch)]
         return torch.stack(crops).float().div_(127.5).sub_(1)
 
-    def crop(self, step: int, slot: int = 0, *, kind: Kind = "image", size: int, frames: int = 1) -> torch.Tensor:
-        """One clean crop: uint8 3 T s s. Arguments and failures as in `sample_batch`, slot being the place in it."""
-        if kind == "image" and frames != 1:
-            raise SettingError(f"An image crop has 1 frame, got frames={frames}; ask for kind='clip'.")
-        draw = rng(self.config.seed, f"crop/{kind}", step, slot)
-        real = draw.random() < self.config.real
-        if kind == "image":
-            pictures = self.images if (real and self.images) or not self.stills else self.stills
-            crop = self._cut(pictures, draw, 1, size)
-        else:
-            from_clip = real and self.clips and draw.random() >= self.config.moving_photo
-            if from_clip:
-                crop = self._cut(self.clips, draw, frames, size)
-            else:
-                pictures = self.images if (real and self.images) or not self.stills else self.stills
-                crop = moving_view(_pick(pictures, draw, 1, int(1.5 * size))[0], draw, frames, size)
-        if draw.random() < 0.5:
-            crop = crop[:, :, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(3, 0, 1, 2)))
+    def crop(self, step: int, slot: int = 0, *, kind: Kind = "image", size: Size, frames: int = 1) -> torch.Tensor:
+        """One clean crop: uint8 3 T H W. Arguments and failures as in `sample_batch`, slot being the place in it."""
+        return self._crop(step, slot, kind, size, frames).pixels
 
-    def pair(self, index: int, mixture: Mixture, *, kind: Kind = "image", size: int, frames: int = 1) -> torch.Tensor:
-        """One training pair: uint8 2 3 T s s, first the clean crop, then its degraded self at the size of the crop.
+    def pair(self, index: int, mixture: Mixture, *, kind: Kind = "image", size: Size, frames: int = 1) -> torch.Tensor:
+        """One training pair: uint8 2 3 T H W, first the clean crop, then its degraded self at the size of the crop.
 
         The same for the same (seed, index, mixture and sizes); failures as in `sample_batch`.
         """
-        clean = self.crop(index, kind=kind, size=size, frames=frames)
-        frames_01 = clean.transpose(0, 1).float() / 255
-        seed = key(self.config.seed, "pair", index)
-        degraded, _ = degrade(frames_01, seed, draw_profile(mixture, seed))
-        return torch.stack((clean, to_uint8(upsample(degraded, size, size)).transpose(0, 1)))
+        sample = self.sample(index, mixture, kind=kind, size=size, frames=frames)
+        return torch.stack((sample.clean, *sample.degraded))
 
-    def _cut(self, sources: Sequence[np.ndarray], draw: np.random.Generator, frames: int, size: int) -> np.ndarray:
-        """A random stretch and square of a random source, reduced to size."""
-        source = _pick(sources, draw, frames, size)
+    def sample(
+        self, index: int, mixture: Mixture, *, kind: Kind = "image", size: Size, frames: int = 1, variants: int = 1
+    ) -> Sample:
+        """A clean crop and `variants` degraded selves of it; otherwise as `pair`.
+
+        Frames that lie before the crop in its source are degraded with it and dropped, so that a codec does not always
+        start where the crop does.
+        """
+        crop = self._crop(index, 0, kind, size, frames, lead=CODEC_LEAD)
+        frames_01 = torch.cat((crop.before, crop.pixels), dim=1).transpose(0, 1).float() / 255
+        lead = crop.before.shape[1]
+        height, width = crop.pixels.shape[-2:]
+        degraded, logs = [], []
+        for variant in range(variants):
+            seed = key(self.config.seed, "pair", index, variant)
+            damaged, drawn = degrade(frames_01, seed, draw_profile(mixture, seed), lead)
+            degraded.append(to_uint8(upsample(damaged, height, width)).transpose(0, 1))
+            logs.append(drawn)
+        return Sample(crop.pixels, degraded, {**crop.about, "seed": self.config.seed, "degradations": logs})
+
+    def _crop(self, step: int, slot: int, kind: Kind, size: Size, frames: int, lead: int = 0) -> _Crop:
+        if kind == "image" and frames != 1:
+            raise SettingError(f"An image crop has 1 frame, got frames={frames}; ask for kind='clip'.")
+        size = (size, size) if isinstance(size, int) else size
+        draw = rng(self.config.seed, f"crop/{kind}", step, slot)
+        real = draw.random() < self.config.real
+        photos = self.images, self.image_names
+        pictures, names = photos if (real and self.images) or not self.stills else (self.stills, self.still_names)
+        about: dict[str, Any] = {"kind": kind, "index": step, "slot": slot, "moving_photo": False}
+        before = 0
+        if kind == "image":
+            pixels, before, where = self._cut(pictures, names, draw, 1, size, 0)
+        elif real and self.clips and draw.random() >= self.config.moving_photo:
+            pixels, before, where = self._cut(self.clips, self.clip_names, draw, frames, size, lead)
+        else:
+            chosen = _pick(pictures, draw, 1, (int(1.5 * size[0]), int(1.5 * size[1])))
+            where = {"source": names[chosen], "moving_photo": True}
+            pixels = moving_view(pictures[chosen][0], draw, frames, size)
+        if draw.random() < 0.5:
+            pixels, where["flipped"] = pixels[:, :, ::-1], True
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
+        return _Crop(tensor[:, before:], tensor[:, :before], {**about, **where})
+
+    def _cut(
+        self,
+        sources: Sequence[Source],
+        names: Sequence[str],
+        draw: np.random.Generator,
+        frames: int,
+        size: tuple[int, int],
+        lead: int,
+    ) -> tuple[np.ndarray, int, dict[str, Any]]:
+        """A random stretch and window of a random source, reduced to size; how many frames lie before the stretch, at
+        most `lead`; and where it was cut."""
+        chosen = _pick(sources, draw, frames, size)
+        source = sources[chosen]
         T, H, W, _ = source.shape
-        side = int(size * draw.uniform(1, min(self.config.max_reduction, min(H, W) / size)))
+        most = min(self.config.max_reduction, min(H / size[0], W / size[1]))
+        reduction = draw.uniform(1, most)
+        rows, columns = (int(side * reduction) for side in size)
         start = int(draw.integers(0, T - frames + 1))
-        corners = draw.integers(0, (H - side + 1, W - side + 1), (LOOKS, 2))
-        views = [source[start : start + frames, top : top + side, left : left + side] for top, left in corners]
-        window = np.ascontiguousarray(max(views, key=_detail))
-        if side == size:
-            return window
+        before = min(lead, start)
+        corners = draw.integers(0, (H - rows + 1, W - columns + 1), (LOOKS, 2))
+        stretch = source[start - before : start + frames, :, :]
+        views = [stretch[:, top : top + rows, left : left + columns] for top, left in corners]
+        best = max(range(LOOKS), key=lambda look: _detail(views[look][before:]))
+        top, left = map(int, corners[best])
+        where = {"source": names[chosen], "start": start, "window": [top, left, rows, columns]}
+        window = np.ascontiguousarray(views[best])
+        if (rows, columns) == size:
+            return window, before, where
         pixels = torch.from_numpy(window).permute(0, 3, 1, 2)
-        reduced = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
-        return reduced.permute(0, 2, 3, 1).numpy()
+        reduced = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+        return reduced.permute(0, 2, 3, 1).numpy(), before, where
+
+
+@dataclass(frozen=True)
+class _Crop:
+    pixels: torch.Tensor  # uint8 3 T H W
+    before: torch.Tensor  # uint8 3 n H W, the frames in front of it
+    about: dict[str, Any]
+
+
+def _named(sources: Sequence[Source] | dict[str, Source], kind: str) -> tuple[list[str], list[Source]]:
+    if isinstance(sources, dict):
+        return list(sources), list(sources.values())
+    return [f"{kind}{number}" for number in range(len(sources))], list(sources)
 
 
 def _detail(view: np.ndarray) -> float:
@@ -229,97 +439,13 @@ def _detail(view: np.ndarray) -> float:
     return float(np.abs(np.diff(green)).mean())
 
 
-def _pick(sources: Sequence[np.ndarray], draw: np.random.Generator, frames: int, side: int) -> np.ndarray:
-    fit = [source for source in sources if source.shape[0] >= frames and min(source.shape[1:3]) >= side]
+def _pick(sources: Sequence[Source], draw: np.random.Generator, frames: int, size: tuple[int, int]) -> int:
+    """The number of a random source that holds so many frames of this size."""
+    wanted = (frames, *size)
+    fit = [i for i, source in enumerate(sources) if all(map(operator.ge, source.shape, wanted))]
     if not fit:
         raise SettingError(
-            f"None of {len(sources)} sources has {frames} frames of {side} x {side} pixels; "
+            f"None of {len(sources)} sources has {frames} frames of {size[1]} x {size[0]} pixels; "
             "choose a smaller crop, a shorter clip or larger data."
         )
     return fit[draw.integers(len(fit))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairJob:
-    """A file of precomputed pairs."""
-
-    root: Path | None
-    # Decoded sources, shared by the workers.
-    cache_dir: Path
-    count: int
-    kind: Kind = "image"
-    # Side in pixels and length in frames.
-    size: int = 128
-    frames: int = 1
-    # A key of MIXTURES.
-    degradation: str = "nano_mixed"
-    data: DataConfig = field(default_factory=DataConfig)
-
-
-def write_pairs(out: Path, job: PairJob, workers: int = 2) -> Path:
-    """Make pairs in worker processes and store them as one .npy: uint8 N 2 3 T s s; see `Dataset.pair`.
-
-    A file that exists already is left as it is. The bytes do not depend on the number of workers.
-
-    Args:
-        out: a path ending in .npy. Read it with np.load(out, mmap_mode="r").
-        job: what to make.
-        workers: processes, one thread each.
-
-    Raises:
-        SettingError: no source is large or long enough, or the degradation is unknown.
-        MediaError: the root holds no training media.
-    """
-    if job.degradation not in MIXTURES:
-        raise SettingError(f"There is no degradation {job.degradation!r}; choose one of {', '.join(MIXTURES)}.")
-    if out.exists():
-        log.info("%s exists and is used as it is", out.name)
-        return out
-    Dataset.load(job.root, job.data, job.cache_dir)  # fills the cache once, before the workers look for it
-    part = out.with_name(f"{out.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    shape = (job.count, 2, 3, job.frames, job.size, job.size)
-    np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        shares = [pool.submit(_write_share, part, job, worker, workers) for worker in range(workers)]
-        for share in shares:
-            share.result()
-    part.replace(out)
-    return out
-
-
-def _write_share(part: Path, job: PairJob, worker: int, workers: int) -> None:
-    torch.set_num_threads(1)
-    dataset = Dataset.load(job.root, job.data, job.cache_dir)
-    pairs = np.lib.format.open_memmap(part, mode="r+")
-    mixture = MIXTURES[job.degradation]
-    for index in range(worker, job.count, workers):
-        pairs[index] = dataset.pair(index, mixture, kind=job.kind, size=job.size, frames=job.frames).numpy()
-    pairs.flush()
-
-
-def main() -> None:
-    """Precompute a file of pairs; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m training.data", description=main.__doc__)
-    parser.add_argument("--root", type=Path, help="data folder; leave out for procedural pictures alone")
-    parser.add_argument("--cache-dir", type=Path, required=True, help="folder for decoded sources")
-    parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
-    parser.add_argument("--count", type=int, required=True, help="pairs")
-    parser.add_argument("--kind", choices=("image", "clip"), default="image")
-    parser.add_argument("--size", type=int, default=128, help="side of a crop in pixels")
-    parser.add_argument("--frames", type=int, default=1, help="frames of a clip, 4n+1")
-    parser.add_argument("--degradation", choices=MIXTURES, default="nano_mixed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    job = PairJob(
-        root=options.root, cache_dir=options.cache_dir, count=options.count, kind=options.kind, size=options.size,
-        frames=options.frames, degradation=options.degradation, data=DataConfig(seed=options.seed),
-    )  # fmt: skip
-    write_pairs(options.out, job, options.workers)
-
-
-if __name__ == "__main__":
-    main()

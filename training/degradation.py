@@ -4,7 +4,7 @@
 parameters walk at random in small steps, so that the damage drifts as it does in real footage.
 
 Source: RealBasicVSR's published training configuration, which SeedVR2 follows by way of Upscale-A-Video; exceptions are
-noted where they are made. Its optional unsharp mask before degrading is left out, for it would move the target.
+noted where they are made.
 """
 # T c H W frames, 0..1   h w height and width on the way down
 
@@ -36,14 +36,18 @@ KERNEL_SHARES = (0.405, 0.225, 0.108, 0.027, 0.108, 0.027, 0.1)
 RESIZE_FILTERS = ("bilinear", "area", "bicubic")
 GREY_NOISE = 0.4
 # x264 twice as often as mpeg4: the published list names it twice, as libx264 and as h264.
-CODECS = ("libx264", "mpeg4")
-CODEC_SHARES = (2 / 3, 1 / 3)
+PUBLISHED_CODECS = (("libx264", 2 / 3), ("mpeg4", 1 / 3))
+# One more kind of blocks than the published ones; ours. No x265: eight encodes of a clip made eight files. No VP9:
+# asked for a tenth of the bits, five frames of 128 x 128 became a tenth smaller.
+VARIED_CODECS = (("libx264", 0.5), ("mpeg4", 0.25), ("mpeg2video", 0.25))
 # One thread, because the bytes must not depend on the machine. No macroblock tree in x264: with it, a frame of less
 # than 100 pixels now and then gives other bytes, measured at up to 1 in 70 encodes, and at none of 4000 without.
 CODEC_OPTIONS = {
     "libx264": {"threads": "1", "bf": "2", "x264-params": "mbtree=0"},
     "mpeg4": {"threads": "1", "bf": "2"},
+    "mpeg2video": {"threads": "1", "bf": "2"},
 }
+CODECS = tuple(CODEC_OPTIONS)
 # Bit rates are for a crop of this many pixels, and scaled: a fixed rate tuned for it would destroy 720p.
 BITS_AREA = 256 * 256
 # Some encoders refuse the published 1 fps.
@@ -53,9 +57,12 @@ MIN_BIT_RATE = 2000
 # The rate is bound by a decoder's buffer of so many frames. Measured: without one, mpeg4 spends the same 41 kbit each
 # on five 256 x 256 frames whether asked for 10 or for 100.
 CODEC_BUFFER = 4
+# The unsharp mask: side of its kernel in pixels, the deviation that belongs to it, weight, threshold in codes.
+UNSHARP_KERNEL, UNSHARP_WEIGHT, UNSHARP_THRESHOLD = 51, 0.5, 10
+UNSHARP_SIGMA = 0.3 * ((UNSHARP_KERNEL - 1) * 0.5 - 1) + 0.8
 # Encoders want even sides for 4:2:0, and nothing smaller than a macroblock.
 MIN_CODED_SIDE = 16
-# Up to so many mirrored frames are encoded first and dropped, so that not every clip starts on an I-frame.
+# Up to so many leading frames are encoded first and dropped, so that not every clip starts on an I-frame.
 CODEC_LEAD = 10
 
 
@@ -103,6 +110,8 @@ class Pass:
     # Shares of clips, and of single frames, that go through a codec.
     codec: float = 1.0
     codec_image: float = 0.3
+    # Encoders and their shares.
+    codecs: tuple[tuple[str, float], ...] = PUBLISHED_CODECS
     # Bits per frame of BITS_AREA pixels.
     bits: tuple[float, float] = (1e4, 1e5)
 
@@ -117,6 +126,9 @@ class Profile:
     final_sinc: float = 0.8
     # How many times smaller the result is than its source, on each side.
     reduction: int = REDUCTION
+    # Share of clips that are sharpened first, as some published configurations do: what the model is asked for is then
+    # softer than what was degraded.
+    unsharp: float = 0.0
 
 
 _SECOND = Pass(
@@ -124,6 +136,8 @@ _SECOND = Pass(
     gaussian=Walk(1, 25, 0.1), poisson=Walk(0.05, 2.5, 0.005),
 )  # fmt: skip
 FULL = Profile(name="full", passes=(Pass(), _SECOND))
+# The published chain with more kinds of codecs.
+VARIED = replace(FULL, name="varied", passes=tuple(replace(stage, codecs=VARIED_CODECS) for stage in FULL.passes))
 # After the milder ranges of MGLD and DLoRAL.
 MILD = Profile(
     name="mild",
@@ -152,7 +166,7 @@ NANO = Profile(
 )  # fmt: skip
 # Footage that is bad at its own size: the same damage without the loss of resolution.
 NANO_SAME = replace(NANO, name="nano_same", reduction=1)
-PROFILES = {profile.name: profile for profile in (FULL, MILD, LIGHT, IDENTITY, NANO, NANO_SAME)}
+PROFILES = {profile.name: profile for profile in (FULL, VARIED, MILD, LIGHT, IDENTITY, NANO, NANO_SAME)}
 
 # What training asks for by name: a profile alone, or several with their shares of the samples. Synthetic damage is
 # harsher than real damage, so training at scale sees light and no damage as well.
@@ -160,6 +174,7 @@ Mixture = tuple[tuple[Profile, float], ...]
 MIXTURES: dict[str, Mixture] = {
     **{name: ((profile, 1.0),) for name, profile in PROFILES.items()},
     "mixed": ((FULL, 0.75), (LIGHT, 0.2), (IDENTITY, 0.05)),
+    "varied_mixed": ((VARIED, 0.75), (LIGHT, 0.2), (IDENTITY, 0.05)),
     "nano_mixed": ((NANO, 0.8), (NANO_SAME, 0.2)),
 }
 
@@ -170,28 +185,35 @@ def draw_profile(mixture: Mixture, seed: int) -> Profile:
     return profiles[rng(seed, "strength").choice(len(profiles), p=shares)]
 
 
-def degrade(clip: Tensor, seed: int, profile: Profile) -> tuple[Tensor, dict[str, Any]]:
+def degrade(clip: Tensor, seed: int, profile: Profile, lead: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """Damage a clip and reduce it, to a quarter of its sides in most profiles.
 
     Args:
         clip: T 3 H W, 0..1, on the CPU; sides of at least REDUCTION pixels, odd ones welcome. T = 1 is an image.
         seed: same clip, seed and profile, same bytes.
         profile: what may happen, and how strongly.
+        lead: so many of the frames only lead up to the clip. They are degraded with it, so that a codec is in the
+            middle of its work when the clip begins, and dropped. Where there are none, mirrored frames do that.
 
     Returns:
-        The degraded clip, float32 T 3 H//reduction W//reduction in 0..1 on the 8-bit grid, and a log, ready for JSON,
-        of every parameter drawn: one entry a pass, lists holding one value a frame.
+        The degraded clip, float32 T-lead 3 H//reduction W//reduction in 0..1 on the 8-bit grid, and a log, ready for
+        JSON, of every parameter drawn: one entry a pass, lists holding one value a frame, leading frames included.
 
     Raises:
-        SettingError: the clip has another shape or is too small.
+        SettingError: the clip has another shape or is too small, or all of it is lead.
     """
+    if not 0 <= lead < max(1, len(clip)):
+        raise SettingError(f"degrade got {lead} leading frames of {len(clip)}; at least one frame has to be left.")
     if clip.ndim != 4 or clip.shape[1] != 3 or min(clip.shape[-2:]) < REDUCTION:
         raise SettingError(f"degrade takes T x 3 x H x W frames with sides of at least {REDUCTION} pixels, "
                            f"got {tuple(clip.shape)}.")
     random = rng(seed, f"degradation/{profile.name}")
     smaller = tuple(side // profile.reduction for side in clip.shape[-2:])
     frames = clip.float()
-    log: dict[str, Any] = {"seed": seed, "profile": profile.name, "passes": []}
+    log: dict[str, Any] = {"seed": seed, "profile": profile.name, "lead": lead, "passes": []}
+    if profile.unsharp:
+        log["unsharp"] = bool(random.random() < profile.unsharp)
+        frames = unsharp_mask(frames) if log["unsharp"] else frames
     for number, stage in enumerate(profile.passes, start=1):
         last = number == len(profile.passes)
         done: dict[str, Any] = {}
@@ -206,11 +228,31 @@ def degrade(clip: Tensor, seed: int, profile: Profile) -> tuple[Tensor, dict[str
         done["reduced_before_codec"] = last and random.random() < 0.5
         if done["reduced_before_codec"]:
             frames, log["final"] = _reduce(frames, random, profile, *smaller)
-        frames, done["codec"] = _codec(frames, random, stage)
+        frames, done["codec"] = _codec(frames, random, stage, lead)
         log["passes"].append(done)
     if "final" not in log:
         frames, log["final"] = _reduce(frames, random, profile, *smaller)
-    return to_uint8(frames).float() / 255, log
+    return to_uint8(frames[lead:]).float() / 255, log
+
+
+def unsharp_mask(frames: Tensor) -> Tensor:
+    """Sharpen T 3 H W in 0..1: edges that differ from their blurred selves by more than a threshold are exaggerated.
+
+    Source: Real-ESRGAN's published code, where it is optional: kernel 51, weight 0.5, threshold 10 of 255.
+    """
+    kernel = gaussian_kernel("iso", UNSHARP_KERNEL, UNSHARP_SIGMA, UNSHARP_SIGMA)
+    line = kernel.sum(0)
+
+    def blur(x: Tensor) -> Tensor:
+        edge, c = UNSHARP_KERNEL // 2, x.shape[1]
+        mode = "reflect" if min(x.shape[-2:]) > edge else "replicate"
+        x = F.pad(x, (edge,) * 4, mode=mode)
+        return F.conv2d(F.conv2d(x, line.expand(c, 1, 1, -1), groups=c), line[:, None].expand(c, 1, -1, -1), groups=c)
+
+    residual = frames - blur(frames)
+    mask = blur((residual.abs() * 255 > UNSHARP_THRESHOLD).float())
+    sharpened = (frames + UNSHARP_WEIGHT * residual).clamp(0, 1)
+    return torch.lerp(frames, sharpened, mask)
 
 
 def upsample(frames: Tensor, height: int, width: int) -> Tensor:
@@ -405,15 +447,19 @@ def _jpeg_frame(frame: Tensor, quality: int) -> Tensor:
     return decoded.permute(2, 0, 1)[None].float() / 255
 
 
-def _codec(frames: Tensor, random: np.random.Generator, stage: Pass) -> tuple[Tensor, dict | None]:
+def _codec(frames: Tensor, random: np.random.Generator, stage: Pass, lead: int) -> tuple[Tensor, dict | None]:
     T, _, h, w = frames.shape
     if random.random() >= (stage.codec_image if T == 1 else stage.codec):
         return frames, None
-    name = str(random.choice(CODECS, p=CODEC_SHARES))
-    lead = int(random.integers(0, min(CODEC_LEAD, T - 1) + 1))
+    names, shares = zip(*stage.codecs, strict=True)
+    name = str(random.choice(names, p=shares))
+    mirrored = int(random.integers(0, min(CODEC_LEAD, T - 1) + 1))
+    if lead:
+        mirrored = 0
     bits = bit_budget(stage.bits, random.random(), h, w)
-    order: Sequence[int] = mirror_indices_before(T, lead)
-    return code(frames[order], name, bits)[lead:], {"codec": name, "lead": lead, "bits_per_frame": bits}
+    order: Sequence[int] = mirror_indices_before(T, mirrored)
+    coded = code(frames[order], name, bits)[mirrored:]
+    return coded, {"codec": name, "mirrored_lead": mirrored, "bits_per_frame": bits}
 
 
 def _reduce(

@@ -9,19 +9,23 @@ Source: SeedVR2, arXiv 2506.05301, section 3.4, after Salimans and Ho, arXiv 220
 from __future__ import annotations
 
 import copy
-import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from seedvr2_core.diffusion.sampler import guide
 from seedvr2_core.diffusion.schedule import interpolate, velocity
-from seedvr2_core.models.dit import DiTConfig
+from seedvr2_core.errors import SettingError
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
-from . import loop
-from .config import OptimConfig, RunConfig, parse_command
-from .pretrain import NANO_DIT, Latents, latent_errors, load_run, noised_condition
+from . import doctor, loop
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .guards import GuardConfig, Guards
+from .pretrain import NANO_DIT, Latents, cost, draw_batch, latent_errors, latent_previews, load_run, noised_condition
+from .previews import Preview
 from .randomness import rng, torch_rng
 from .restorer import Restorer
 
@@ -33,14 +37,30 @@ class Distillation:
     model: DiTConfig
     run: RunConfig
     optim: OptimConfig
-    teacher: Path  # run directory of the stage before
-    steps: int = 64  # of the first teacher; a power of two
+    guard: GuardConfig = GuardConfig()
+    teacher: Path = setting(about="run directory of the stage before")
+    student: Path | None = setting(None, "run directory the first student starts from; none: its teacher's weights")
+    teacher_model: DiTConfig | None = setting(None, "sizes of the first teacher; none: those of the student")
+    steps: int = setting(64, "of the first teacher; a power of two", source="S2", least=2, frozen=True)
+    cfg: float = setting(1.0, "guidance of the first teacher, distilled into its student", source="S2", least=0)
     # Weight of the clean latent itself in the last halving. A student of its teacher alone draws a sample. Above 0 it
     # is pulled towards the mean of all samples: more fidelity, less texture. Below 0 (and above -1) it is pushed away
     # from it, which mends samples of less texture than the data.
-    w_data: float = 0.0
-    batch: int = 8
-    condition_noise: float = 0.25
+    w_data: float = setting(0.0, "weight of the clean latent in the last halving", least=-1)
+    batch_tokens: int | None = setting(
+        None, "of a step, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+    )
+    image_share: float | None = setting(
+        None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
+    )
+    batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
+    condition_noise: float = setting(
+        0.25, "most noise in the condition, drawn from 0..this", source="RC", least=0, most=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps & (self.steps - 1):
+            raise SettingError(f"steps is {self.steps}; it is halved to 1, so it has to be a power of two.")
 
 
 RECIPES = {
@@ -55,54 +75,128 @@ RECIPES = {
         condition_noise=0.1,
     )
 }
+_3B = Distillation(
+    model=SEEDVR2_3B,
+    run=RunConfig(
+        steps=10_000,
+        ema=0.9998,
+        save_every=500,
+        parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
+    ),
+    optim=OptimConfig(lr=1e-6, final_lr=1e-6, warmup=200, decay=0.0),
+    teacher=Path("runs/pretrain"),
+    cfg=7.5,
+    batch=1,
+    batch_tokens=90_000,
+    image_share=0.3,
+)
+RECIPES |= {
+    "3b": _3B,
+    "7b": replace(_3B, model=SEEDVR2_7B),
+    # Guided by the 7B at first; a many-step 3B is what learns.
+    "7b_to_3b": replace(_3B, teacher=Path("runs/pretrain_7b"), teacher_model=SEEDVR2_7B, student=Path("runs/pretrain")),
+}
 
 
 class HalvingStage:
     """One halving: the student's step of 2/N against two steps of 1/N of the teacher."""
 
-    def __init__(self, config: Distillation, latents: Latents, teacher: Restorer, steps: int):
-        """`steps` is N, the number of steps of the teacher; the student will have half as many."""
+    averaged = "g"
+
+    def __init__(
+        self, config: Distillation, latents: Latents, teacher: Restorer, steps: int, student: Restorer | None = None
+    ):
+        """`steps` is N, the number of steps of the teacher; the student will have half as many.
+
+        The teacher is only read. `student` is trained in place; None: a copy of the teacher.
+        """
         self.config, self.latents, self.steps = config, latents, steps
         self.teacher = teacher.eval().requires_grad_(False)
-        self.module = copy.deepcopy(teacher).train().requires_grad_(True)
+        student = student or copy.deepcopy(teacher)
+        self.modules: Mapping[str, Restorer] = {"g": student.train().requires_grad_(True)}
+        # Only the first teacher is guided; its student needs no guidance any more.
+        self.cfg = config.cfg if steps == config.steps else 1.0
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+        student = self.modules[name]
+        x, condition, u, to_clean = self.draw(step, micro, student.device)
+        target = two_steps(self.teacher, x, condition, u, 1 / self.steps, self.cfg)
+        predicted = student.velocity(x, condition, u)
+        errors = (predicted - target).square().mean(dim=(1, 2, 3, 4))
+        to_teacher = errors.mean()
+        to_data = (predicted - to_clean).square().mean()
+        w_data = self.config.w_data if self.steps == 2 else 0.0
+        loss = to_teacher + w_data * to_data
+        (scale * loss).backward()
+        return {
+            "loss": loss.item(),
+            "to_teacher": to_teacher.item(),
+            "to_data": to_data.item(),
+            # The first step of sampling has the largest error, and in the last halvings shows first whether it learns.
+            "late": _mean_where(errors, u > 0.5),
+            "early": _mean_where(errors, u <= 0.5),
+            "frames": x.shape[2],
+            **cost(x),
+        }
+
+    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latent, condition, time and velocity to the clean latent of a micro-batch."""
         config, seed = self.config, self.config.run.seed + self.steps
-        hq, lq = self.latents.batch(step + config.run.steps * self.steps, config.batch)
-        noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step))
-        index = rng(seed, "timestep", step).integers(1, self.steps // 2 + 1, len(hq))
+        hq, lq = draw_batch(config, self.latents, step, micro, at=config.run.steps * self.steps)
+        noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step, micro))
+        index = rng(seed, "timestep", step, micro).integers(1, self.steps // 2 + 1, len(hq))
         u = torch.from_numpy(2 * index / self.steps).float()
-        condition = noised_condition(lq, seed, step, config.condition_noise)
+        condition = noised_condition(lq, seed, step, config.condition_noise, micro)
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))
-        target = two_steps(self.teacher, x, condition, u, 1 / self.steps)
-        predicted = self.module.velocity(x, condition, u)
-        to_teacher = (predicted - target).square().mean()
-        to_data = (predicted - velocity(hq, noise)).square().mean()
-        w_data = config.w_data if self.steps == 2 else 0.0
-        scalars = {"to_teacher": to_teacher.item(), "to_data": to_data.item(), "frames": hq.shape[2]}
-        return to_teacher + w_data * to_data, scalars
+        return tuple(tensor.to(device) for tensor in (x, condition, u, velocity(hq, noise)))
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         return latent_errors(module, self.latents, steps=(max(1, self.steps // 2), 1))
 
+    def preview(self, module: nn.Module) -> list[Preview]:
+        return latent_previews(module, self.latents, steps=max(1, self.steps // 2))
+
+
+def _mean_where(errors: Tensor, chosen: Tensor) -> float:
+    """Mean over the chosen samples; 0 where there is none."""
+    return (errors.detach() * chosen).sum().item() / max(1, int(chosen.sum()))
+
 
 @torch.no_grad()
-def two_steps(teacher: Restorer, x: Tensor, condition: Tensor, u: Tensor, delta: float) -> Tensor:
+def two_steps(teacher: Restorer, x: Tensor, condition: Tensor, u: Tensor, delta: float, cfg: float = 1.0) -> Tensor:
     """Velocity of the one step that lands where two Euler steps of `delta` do: their mean."""
-    first = teacher.velocity(x, condition, u)
-    return 0.5 * (first + teacher.velocity(x - delta * first, condition, u - delta))
+    first = guided(teacher, x, condition, u, cfg)
+    return 0.5 * (first + guided(teacher, x - delta * first, condition, u - delta, cfg))
+
+
+def guided(teacher: Restorer, x: Tensor, condition: Tensor, u: Tensor, cfg: float) -> Tensor:
+    """Velocity away from that of the null prompt; without guidance, at 1, there is no second pass."""
+    positive = teacher.velocity(x, condition, u)
+    if cfg == 1.0:
+        return positive
+    dropped = torch.ones(len(x), dtype=torch.bool)
+    return guide(positive, teacher.velocity(x, condition, u, dropped), cfg)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = parse_command("distill", RECIPES)
-    torch.set_num_threads(command.threads)
     config: Distillation = command.config
+    if command.dry_run:
+        print(doctor.estimate(config, doctor.of_distillation(config)))
+        return
+    session = loop.open_session(command, config)
     latents = Latents(command.data, config.run.seed)
-    teacher, steps = load_run(config.teacher, config.model), config.steps
+    steps, taught = config.steps, None
     while steps > 1:
-        stage = HalvingStage(config, latents, teacher, steps)
-        teacher = loop.run(stage, config.run, config.optim, command.out / f"{steps // 2:02d}")
+        teacher = load_run(taught or config.teacher, config.model if taught else config.teacher_model or config.model)
+        starts_at = taught or config.student
+        student = load_run(starts_at, config.model) if starts_at else None
+        stage = HalvingStage(config, latents, teacher, steps, student)
+        session.processes.place(teacher, train=False)
+        taught = command.out / f"{steps // 2:02d}"
+        loop.run(stage, config, {"g": config.optim}, taught, session)
+        # What one halving got used to says nothing about the next.
+        session = replace(session, guards=Guards(config.guard))
         steps //= 2
 
 

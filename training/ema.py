@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: of a sharded one its shard, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in fp32.
+    """Exponential moving average of a module's trained parameters, in their own type and sharded as they are.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)), so that early averages forget the initialisation.
+
+    Args:
+        module: as it will be trained, already sharded. What is frozen in it is not averaged.
+        decay: of one update.
+        every: of how many updates of the module one reaches the average, with the decay of all of them.
+        device: "cpu" keeps the averages off the GPU.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
+    def __init__(self, module: nn.Module, decay: float, every: int = 1, device: Literal["same", "cpu"] = "same"):
+        self.decay, self.every, self.updates = decay, every, 0
+        trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.averages = {name: value.cpu() for name, value in trained.items()} if device == "cpu" else trained
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Count one update of the module, and take it in if it is its turn."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged, current = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        if self.updates % self.every:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** self.every
+        averaged = [local(value) for value in self.averages.values()]
+        current = [
+            own.to(value.device, non_blocking=True) for own, value in zip(self._own(module), averaged, strict=True)
+        ]
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
-    def state_dict(self) -> dict:
-        return {"module": self.module.state_dict(), "updates": self.updates}
+    @contextmanager
+    def shown_by(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module with the averaged weights, until the context ends and its own come back."""
+        own = [value.clone() for value in self._own(module)]
+        try:
+            self.copy_to(module)
+            yield module
+        finally:
+            torch._foreach_copy_(self._own(module), own)
 
-    def load_state_dict(self, state: dict) -> None:
-        self.module.load_state_dict(state["module"])
-        self.updates = state["updates"]
+    def copy_to(self, module: nn.Module) -> None:
+        """The module's weights become the averaged ones, for good."""
+        for own, value in zip(self._own(module), self.averages.values(), strict=True):
+            own.copy_(local(value))
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The averages under the names of the module's state, and what is not averaged as it is."""
+        return {name: self.averages.get(name, value) for name, value in module.state_dict().items()}
+
+    def distance(self, module: nn.Module) -> Tensor:
+        """Sum of squared differences to the module's weights, over what this process holds: one number."""
+        pairs = zip(self.averages.values(), self._own(module), strict=True)
+        return sum((local(value) - own.to(value.device)).square().sum() for value, own in pairs)
+
+    def _own(self, module: nn.Module) -> list[Tensor]:
+        """The module's weights that are averaged, in the order of the averages; without gradients."""
+        parameters = dict(module.named_parameters())
+        return [local(parameters[name].detach()) for name in self.averages]

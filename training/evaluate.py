@@ -1,47 +1,334 @@
-"""How close restored frames come to the originals, and how real they look: metrics that need no weights.
+"""Restored clips against their originals, and on their own: tables for people and for programs.
 
-PSNR, SSIM, MS-SSIM and GMSD reward fidelity; LSD and SWD reward realistic texture. One-step models trade one for the
-other, so both sides are reported. Every metric takes frames T 3 H W in 0..1, rounds them to 8 bits, as files do, and
-is a mean over frames.
+Frames are rounded to 8 bits; a metric is averaged over frames, then over the clips of a set. The metrics of `metrics`
+always run; those of `perceptual` need libraries and weights, and one that is not here is named in every table.
 
-    python -m training.evaluate --pred RESTORED --gt ORIGINALS
+    python -m training.evaluate --pred RESTORED --gt ORIGINALS --metrics psnr,ssim,lpips --out results
+
+A set is a folder of clips, and a clip a video, a picture or a folder of numbered pictures. RESTORED may hold several
+sets, in folders named like the benchmarks of the paper: SPMCS, UDM10, REDS30, YouHQ40, VideoLQ, AIGC28.
+
+Source: protocol of SeedVR2, arXiv 2506.05301, section 4; what it leaves open is ours: RGB and Y, no crop.
 """
-# T H W frames, height, width   h w the same at a smaller scale
+# T H W frames, height, width
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import av
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from seedvr2_core.errors import MediaError, SettingError
-from seedvr2_core.video.geometry import to_uint8
-from training.data import CLIP_SUFFIXES, IMAGE_SUFFIXES, decode, list_media
-from training.degradation import NANO, degrade, luma
+from seedvr2_core.device import pick_device
+from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
+from training.data import CLIP_SUFFIXES, IMAGE_SUFFIXES, decode, list_clips, list_media
+from training.degradation import NANO, degrade
+from training.metrics import PANEL, Measure, Metric, means, measure
+from training.perceptual import OPTIONAL, MetricMissing
 from training.randomness import key
 
-# Wang et al. 2004: an 11 x 11 Gaussian window of deviation 1.5, and constants for codes 0..255.
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-# Wang, Simoncelli and Bovik 2003, one exponent a scale, fine to coarse.
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-# The window has to fit at the coarsest scale.
-MS_SSIM_MIN_SIDE = (SSIM_WINDOW - 1) * 2 ** (len(MS_SSIM_WEIGHTS) - 1) + 1
-# Xue et al. 2014, for codes 0..255.
-GMSD_C = 170.0
-# Variance of rounding to 8 bits, in codes: weaker content is not there, and two flat pictures have equal spectra.
-ROUNDING_POWER = 1 / 12
-SWD_PATCH, SWD_PROJECTIONS, SWD_SCALES, SWD_SEED = 7, 128, 2, 0
-# Larger pictures are sampled on a coarser grid of patches.
-SWD_MAX_PATCHES = 16384
+log = logging.getLogger(__name__)
+
+METRICS = {metric.name: metric for metric in (*PANEL, *OPTIONAL)}
+# Groups that `--metrics` understands beside single names.
+GROUPS = {"panel": tuple(metric.name for metric in PANEL), "all": tuple(METRICS)}
+# Folders in which data sets keep their originals and their degraded inputs.
+GT_FOLDERS, LQ_FOLDERS = ("gt", "hr", "hq", "original", "sharp"), ("lq", "lr", "input", "bicubic", "bdx4", "bix4")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set of the paper."""
+
+    name: str
+    clips: int
+    reference: bool  # has originals
+
+
+BENCHMARKS = (
+    Benchmark("SPMCS", 30, True),
+    Benchmark("UDM10", 10, True),
+    Benchmark("REDS30", 30, True),
+    Benchmark("YouHQ40", 40, True),
+    Benchmark("VideoLQ", 50, False),
+    Benchmark("AIGC28", 28, False),
+)
+
+
+def recognise(folder: Path) -> Benchmark | None:
+    """The benchmark that a folder's name, or else the nearest of its parents', stands for: "udm10", "UDM10_x4"."""
+    for name in (folder.name, *(parent.name for parent in folder.parents)):
+        words = re.sub(r"[^a-z0-9]", "", name.lower())
+        for benchmark in BENCHMARKS:
+            if words.startswith(benchmark.name.lower()):
+                return benchmark
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSet:
+    """Clips that are averaged into one row."""
+
+    name: str
+    benchmark: Benchmark | None
+    pred: Mapping[str, Path]
+    gt: Mapping[str, Path] | None  # of the same names, or no originals at all
+
+    @property
+    def remark(self) -> str:
+        """What keeps the row from being comparable with published ones; "" if nothing does."""
+        if self.benchmark and len(self.pred) != self.benchmark.clips:
+            return f"{self.name}: {len(self.pred)} of {self.benchmark.clips} clips"
+        return ""
+
+
+def find_sets(pred: Path, gt: Path | None) -> list[ClipSet]:
+    """What there is to measure: one set, or one for every subfolder of pred with the name of a benchmark.
+
+    Raises:
+        MediaError: a folder is missing or empty, or originals and restored clips have different names.
+    """
+    if not pred.is_dir():
+        raise MediaError(f"{pred} is not a folder; expected one that holds the restored clips.")
+    inner = [folder for folder in sorted(pred.iterdir()) if folder.is_dir() and _own_benchmark(folder)]
+    if not inner:
+        return [_clip_set(pred, gt)]
+    return [_clip_set(folder, _counterpart(folder, gt)) for folder in inner]
+
+
+def _own_benchmark(folder: Path) -> Benchmark | None:
+    return recognise(Path(folder.name))
+
+
+def _counterpart(folder: Path, gt: Path | None) -> Path | None:
+    benchmark = _own_benchmark(folder)
+    if gt is None or not benchmark.reference:
+        return None
+    found = [other for other in sorted(gt.iterdir()) if other.is_dir() and _own_benchmark(other) == benchmark]
+    if len(found) != 1:
+        raise MediaError(f"{gt} holds {len(found)} folders for {benchmark.name}, expected 1 with its originals.")
+    return found[0]
+
+
+def _clip_set(pred: Path, gt: Path | None) -> ClipSet:
+    benchmark = recognise(pred)
+    restored = {path.stem: path for path in list_clips(pred)}
+    if not restored:
+        raise MediaError(f"{pred} holds no clip or picture; expected restored ones.")
+    name = benchmark.name if benchmark else pred.name
+    if gt is None or (benchmark and not benchmark.reference):
+        return ClipSet(name=name, benchmark=benchmark, pred=restored, gt=None)
+    folder = _originals(gt)
+    originals = {path.stem: path for path in list_clips(folder)}
+    missing = [name for name in originals if name not in restored]
+    extra = [name for name in restored if name not in originals]
+    if not originals or missing or extra:
+        raise MediaError(f"{folder} holds {len(originals)} clips, of which {pred} lacks {_names(missing)}, and has "
+                         f"{_names(extra)} beside them. Give both folders the same names.")
+    return ClipSet(name=name, benchmark=benchmark, pred=restored, gt=originals)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _originals(folder: Path) -> Path:
+    """The subfolder with the originals of a data set that keeps several kinds side by side, or the folder itself."""
+    if not folder.is_dir():
+        raise MediaError(f"{folder} is not a folder; expected one that holds the originals.")
+    inner = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    if any(name in inner for name in LQ_FOLDERS) or len(inner) == 1:
+        return next((inner[name] for name in GT_FOLDERS if name in inner), folder)
+    return folder
+
+
+def open_metrics(names: Sequence[str], device: torch.device) -> tuple[dict[str, Measure], dict[str, str], dict]:
+    """Load metrics by name.
+
+    Returns:
+        name -> the metric at work; name -> why it cannot run here; name -> libraries and weights it is made of.
+    """
+    ready, missing, made_of = {}, {}, {}
+    for name in names:
+        try:
+            opened = METRICS[name].open(device)
+        except MetricMissing as error:
+            missing[name] = str(error)
+            log.warning("%s is not measured: %s", name, error)
+            continue
+        ready[name] = opened.measure
+        if opened.made_of:
+            made_of[name] = dict(opened.made_of)
+    return ready, missing, made_of
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """Names from "psnr,ssim" or "panel,lpips" or "all", in the order of the tables.
+
+    Raises:
+        SettingError: a name that does not exist.
+    """
+    names: list[str] = []
+    for word in _words(text):
+        if word not in METRICS and word not in GROUPS:
+            raise SettingError(f"There is no metric {word!r}; choose from {', '.join((*GROUPS, *METRICS))}.")
+        names += GROUPS.get(word, (word,))
+    return tuple(name for name in METRICS if name in names)
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip().lower().replace("-", "_") for part in text.split(",") if part.strip()]
+
+
+def measure_set(clips: ClipSet, ready: Mapping[str, Measure], border: int = 0) -> dict[str, dict[str, float]]:
+    """Every metric that fits, clip by clip: name -> metric -> value.
+
+    Args:
+        clips: what to measure.
+        ready: metrics at work.
+        border: pixels to leave out on each side.
+
+    Raises:
+        MediaError: a file cannot be decoded.
+        SettingError: a clip and its original differ in size or length, or the border leaves nothing.
+    """
+    results = {}
+    for name, path in tqdm(clips.pred.items(), desc=clips.name):
+        pred = cut_border(read(path), border)
+        gt = cut_border(read(clips.gt[name]), border) if clips.gt else None
+        if gt is not None and pred.shape != gt.shape:
+            raise SettingError(f"{name}: restored is {_shape(pred)}, the original {_shape(gt)}. Both have to be of one "
+                               "size and length; nothing is resized here.")
+        fits = [metric for metric in map(METRICS.get, ready) if metric.fits(pred, gt is not None)]
+        results[name] = {metric.name: ready[metric.name](pred, gt) for metric in fits}
+    return results
+
+
+def read(path: Path) -> Tensor:
+    """A clip, picture or folder of pictures as codes, uint8 T 3 H W."""
+    return torch.tensor(decode(path)).permute(0, 3, 1, 2)
+
+
+def cut_border(frames: Tensor, border: int) -> Tensor:
+    """Frames without `border` pixels on each side."""
+    height, width = frames.shape[-2:]
+    if border < 0 or 2 * border >= min(height, width):
+        raise SettingError(f"A border of {border} pixels does not fit {width} x {height}; use 0 for whole frames.")
+    return frames[..., border : height - border, border : width - border]
+
+
+def _shape(frames: Tensor) -> str:
+    return f"{len(frames)} frames of {frames.shape[-1]} x {frames.shape[-2]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What came out, and what it came from."""
+
+    sets: Mapping[str, Mapping[str, Mapping[str, float]]]  # set -> clip -> metric -> value
+    missing: Mapping[str, str]  # metric -> why it was not measured
+    remarks: Sequence[str]
+    options: Mapping[str, object]
+    versions: Mapping[str, object]
+
+    def as_json(self) -> str:
+        sets = {name: {"mean": means(clips), "clips": clips} for name, clips in self.sets.items()}
+        whole = {"sets": sets, "not_measured": self.missing, "remarks": self.remarks, "options": self.options,
+                 "versions": self.versions}  # fmt: skip
+        return json.dumps(_finite(whole), indent=1) + "\n"
+
+    def as_markdown(self) -> str:
+        """One row a set; below, what was not measured and why."""
+        rows = {name: means(clips) for name, clips in self.sets.items()}
+        used = [metric for metric in METRICS.values() if any(metric.name in row for row in rows.values())]
+        arrows = {"higher": "↑", "lower": "↓"}
+        lines = ["| set | clips | " + " | ".join(f"{metric.name} {arrows[metric.better]}" for metric in used) + " |",
+                 "| --- " * (len(used) + 2) + "|"]  # fmt: skip
+        for name, row in rows.items():
+            cells = [f"{row[metric.name]:.{metric.decimals}f}" if metric.name in row else "–" for metric in used]
+            lines.append(f"| {name} | {len(self.sets[name])} | " + " | ".join(cells) + " |")
+        lines += ["", *(f"- {remark}" for remark in self.remarks)]
+        lines += [f"- not measured: {name}, {reason}" for name, reason in self.missing.items()]
+        about = {name: value for name, value in {**self.options, **self.versions}.items() if name != "metrics"}
+        return "\n".join([*lines, f"- {', '.join(f'{name} {value}' for name, value in about.items())}"]) + "\n"
+
+
+def _finite(value: object) -> object:
+    """The same for JSON, which knows no infinity: the PSNR of equal frames becomes the word "inf"."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluate(
+    pred: Path, gt: Path | None, metrics: Sequence[str] = GROUPS["panel"], border: int = 0, device: str = "cpu"
+) -> Results:
+    """Measure a folder of restored clips, or several; see the module's docstring.
+
+    Raises:
+        MediaError: something is missing or cannot be decoded.
+        SettingError: sizes differ, or there is nothing that can be measured.
+    """
+    sets = find_sets(pred, gt)
+    chosen = pick_device(device)
+    ready, missing, made_of = open_metrics(metrics, chosen)
+    if not any(METRICS[name].reference is False or clips.gt for name in ready for clips in sets):
+        raise SettingError(f"None of {', '.join(metrics)} can be measured: without originals (--gt) only metrics that "
+                           f"need none can, and {_names(list(missing))} cannot run here.")
+    return Results(
+        sets={clips.name: measure_set(clips, ready, border) for clips in sets},
+        missing=missing,
+        remarks=[clips.remark for clips in sets if clips.remark],
+        options={"metrics": list(metrics), "border": border, "device": str(chosen)},
+        versions={"torch": torch.__version__, "av": av.__version__, "pillow": Image.__version__, **made_of},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if something was refused, or a metric asked for by its name could not run."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pred", type=Path, required=True, help="folder of restored clips, or of several such")
+    parser.add_argument("--gt", type=Path, help="folder of the originals; without, only metrics that need none")
+    parser.add_argument("--metrics", default="panel", help=f"comma-separated: {', '.join((*GROUPS, *METRICS))}")
+    parser.add_argument("--crop", type=int, default=0, help="pixels to leave out on each side (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="for metrics that are networks")
+    parser.add_argument("--out", type=Path, help="where to write the tables: OUT.md and OUT.json")
+    options = parser.parse_args(argv)
+    try:
+        results = evaluate(options.pred, options.gt, parse_metrics(options.metrics), options.crop, options.device)
+        if options.out:
+            write(results, options.out)
+    except SeedVR2Error as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    print(results.as_markdown())
+    return int(any(name in _words(options.metrics) for name in results.missing))
+
+
+def write(results: Results, out: Path) -> None:
+    """The tables as OUT.md and OUT.json."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(f"{out.name}.md").write_text(results.as_markdown(), "utf-8")
+        out.with_name(f"{out.name}.json").write_text(results.as_json(), "utf-8")
+    except OSError as error:
+        raise SettingError(f"{out}.md and .json cannot be written ({error.strerror}); choose another place.") from error
 
 
 @dataclass(frozen=True)
@@ -72,232 +359,15 @@ def eval_items(root: Path, side: int | None = None, length: int | None = None) -
     if not paths:
         raise MediaError(f"{folder} holds nothing to evaluate. Expected the folders images and clips in it.")
     for path in paths:
-        frames = _read(path)[:length]
+        frames = read(path)[:length].float() / 255
         if side is not None:
             top, left = (max(0, (whole - side) // 2) for whole in frames.shape[-2:])
             frames = frames[..., top : top + side, left : left + side]
         yield EvalItem(path.stem, frames)
 
 
-def measure(pred: Tensor, gt: Tensor) -> dict[str, float]:
-    """Every metric that fits: T 3 H W in 0..1, to name -> value. MS-SSIM needs sides of 161 pixels, tp a clip.
-
-    Raises:
-        SettingError: the shapes differ, or are not T 3 H W.
-    """
-    values = {metric.__name__: metric(pred, gt) for metric in (psnr, ssim, gmsd, lsd, swd)}
-    if min(gt.shape[-2:]) >= MS_SSIM_MIN_SIDE:
-        values["ms_ssim"] = ms_ssim(pred, gt)
-    if len(gt) > 1:
-        values["temporal_profile"] = temporal_profile(pred, gt)
-    return values
-
-
-def psnr(pred: Tensor, gt: Tensor) -> float:
-    """Peak signal to noise ratio over RGB, in dB; infinite for equal frames."""
-    pred, gt = _codes(pred, gt)
-    error = (pred - gt).square().mean(dim=(1, 2, 3))
-    return float((10 * torch.log10(255**2 / error)).mean())
-
-
-def ssim(pred: Tensor, gt: Tensor) -> float:
-    """Structural similarity, mean over R, G and B; 1 for equal frames. Borders without a whole window do not count."""
-    pred, gt = _codes(pred, gt, at_least=SSIM_WINDOW)
-    luminance, contrast = _ssim_maps(pred, gt)
-    return float((luminance * contrast).mean())
-
-
-def ms_ssim(pred: Tensor, gt: Tensor) -> float:
-    """Multi-scale structural similarity over five scales, mean over R, G and B; 1 for equal frames.
-
-    Raises:
-        SettingError: a side is below 161 pixels.
-    """
-    pred, gt = _codes(pred, gt, at_least=MS_SSIM_MIN_SIDE)
-    value = torch.ones(pred.shape[:2], dtype=pred.dtype)
-    for scale, weight in enumerate(MS_SSIM_WEIGHTS, start=1):
-        luminance, contrast = _ssim_maps(pred, gt)
-        coarsest = scale == len(MS_SSIM_WEIGHTS)
-        part = (luminance * contrast if coarsest else contrast).mean(dim=(2, 3))
-        value *= part.clamp_min(0) ** weight
-        pred, gt = F.avg_pool2d(pred, 2), F.avg_pool2d(gt, 2)
-    return float(value.mean())
-
-
-def gmsd(pred: Tensor, gt: Tensor) -> float:
-    """Gradient magnitude similarity deviation of luma; 0 for equal frames, lower is better."""
-    pred, gt = _codes(pred, gt, at_least=6)
-    slopes = [_gradient(F.avg_pool2d(luma(frames), 2)) for frames in (pred, gt)]
-    similarity = (2 * slopes[0] * slopes[1] + GMSD_C) / (slopes[0] ** 2 + slopes[1] ** 2 + GMSD_C)
-    return float(similarity.flatten(1).std(dim=1, correction=0).mean())
-
-
-def lsd(pred: Tensor, gt: Tensor) -> float:
-    """Log-spectral distance: RMS difference in dB of the radially averaged log power spectra of luma.
-
-    0 for equal frames, lower is better; blur and false texture both raise it, misplaced texture does not.
-    """
-    pred, gt = _codes(pred, gt, at_least=4)
-    difference = _radial_spectrum(pred) - _radial_spectrum(gt)
-    return float(difference.square().mean(dim=1).sqrt().mean())
-
-
-def swd(pred: Tensor, gt: Tensor) -> float:
-    """Sliced Wasserstein distance of 7 x 7 mean-removed RGB patches at two scales, in codes of 255.
-
-    The two sets of patches are compared as distributions, on 128 fixed projections; where a patch sits does not count.
-    0 for equal frames, lower is better.
-    """
-    pred, gt = _codes(pred, gt, at_least=SWD_PATCH * 2 ** (SWD_SCALES - 1))
-    kernels = _projections()
-    total = 0.0
-    for _ in range(SWD_SCALES):
-        # A frame at a time: the projections of a whole clip would not fit into memory.
-        distances = [_sliced_distance(p, g, kernels) for p, g in zip(pred.split(1), gt.split(1), strict=True)]
-        total += sum(distances) / len(distances)
-        pred, gt = F.avg_pool2d(pred, 2), F.avg_pool2d(gt, 2)
-    return total / SWD_SCALES
-
-
-def temporal_profile(pred: Tensor, gt: Tensor) -> float:
-    """Flicker: how differently pixels change from frame to frame, as a mean colour difference (Delta E 1976).
-
-    The profiles are three rows of pixels, at a quarter, half and three quarters of the height, followed over time.
-    0 where every change is that of the original; a constant error in colour or detail does not count.
-
-    Raises:
-        SettingError: there is only one frame.
-    """
-    pred, gt = _codes(pred, gt)
-    if len(gt) < 2:
-        raise SettingError("The temporal profile needs at least 2 frames, got 1; leave it out for images.")
-    rows = [gt.shape[-2] * quarter // 4 for quarter in (1, 2, 3)]
-    changes = [_lab(frames[:, :, rows] / 255).diff(dim=0) for frames in (pred, gt)]
-    return float((changes[0] - changes[1]).norm(dim=1).mean())
-
-
-def _codes(pred: Tensor, gt: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both as whole codes 0..255, in fp32."""
-    if pred.shape != gt.shape or gt.ndim != 4 or gt.shape[1] != 3:
-        raise SettingError(f"A metric compares frames T x 3 x H x W of equal shape, got {tuple(pred.shape)} and "
-                           f"{tuple(gt.shape)}; crop or resize first.")
-    if min(gt.shape[-2:]) < at_least:
-        raise SettingError(f"This metric needs sides of at least {at_least} pixels, "
-                           f"got {gt.shape[-1]} x {gt.shape[-2]}; leave it out for so small a picture.")
-    return to_uint8(pred).float(), to_uint8(gt).float()
-
-
-def _ssim_maps(pred: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-    line = torch.arange(SSIM_WINDOW, dtype=pred.dtype) - SSIM_WINDOW // 2
-    window = torch.exp(-(line**2) / (2 * SSIM_SIGMA**2))
-    window = (window / window.sum()).expand(3, 1, 1, -1)
-
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
-
-    mean_p, mean_g = blur(pred), blur(gt)
-    var_p, var_g = blur(pred * pred) - mean_p**2, blur(gt * gt) - mean_g**2
-    covariance = blur(pred * gt) - mean_p * mean_g
-    luminance = (2 * mean_p * mean_g + SSIM_C1) / (mean_p**2 + mean_g**2 + SSIM_C1)
-    return luminance, (2 * covariance + SSIM_C2) / (var_p + var_g + SSIM_C2)
-
-
-def _gradient(plane: Tensor) -> Tensor:
-    prewitt = torch.tensor([[1.0, 0, -1]] * 3, dtype=plane.dtype) / 3
-    return F.conv2d(plane, torch.stack((prewitt, prewitt.T))[:, None], padding=1).norm(dim=1)
-
-
-def _radial_spectrum(frames: Tensor) -> Tensor:
-    """Mean log power in dB for each ring of spatial frequency, without the mean: T rings."""
-    plane = luma(frames)[:, 0]
-    h, w = plane.shape[-2:]
-    # A Hann window, or the step from one border to the opposite one would look like texture.
-    window = torch.outer(*(torch.hann_window(side, periodic=False, dtype=plane.dtype) for side in (h, w)))
-    plane = (plane - plane.mean(dim=(1, 2), keepdim=True)) * window
-    power = torch.fft.fft2(plane).abs().square() / window.square().sum()
-    decibel = 10 * torch.log10(power + ROUNDING_POWER)
-    down, across = (torch.fft.fftfreq(side, dtype=plane.dtype) for side in (h, w))
-    radius = torch.hypot(down[:, None], across[None])
-    rings = min(h, w) // 2
-    # Ring 0 is the mean; the corners beyond half a cycle a pixel are left out, as not every direction reaches them.
-    ring = (radius * 2 * rings).round().long().flatten().clamp_max(rings + 1)
-    sums = torch.zeros(len(plane), rings + 2, dtype=plane.dtype).index_add_(1, ring, decibel.flatten(1))
-    counts = torch.bincount(ring, minlength=rings + 2)
-    return (sums / counts.clamp_min(1))[:, 1 : rings + 1]
-
-
-def _projections() -> Tensor:
-    generator = torch.Generator().manual_seed(SWD_SEED)
-    kernels = torch.randn(SWD_PROJECTIONS, 3, SWD_PATCH, SWD_PATCH, generator=generator)
-    # Projecting on a direction without a mean is removing the mean of the patch.
-    kernels -= kernels.mean(dim=(2, 3), keepdim=True)
-    return kernels / kernels.flatten(1).norm(dim=1)[:, None, None, None]
-
-
-def _sliced_distance(pred: Tensor, gt: Tensor, kernels: Tensor) -> float:
-    patches = math.prod(side - SWD_PATCH + 1 for side in gt.shape[-2:])
-    stride = max(1, math.ceil(math.sqrt(patches / SWD_MAX_PATCHES)))
-    # NumPy sorts fp32 with vector instructions, several times faster than torch on a CPU.
-    lines = [np.sort(F.conv2d(frame, kernels, stride=stride)[0].flatten(1).numpy(), axis=1) for frame in (pred, gt)]
-    return float(np.abs(lines[0] - lines[1]).mean())
-
-
-def _lab(frames: Tensor) -> Tensor:
-    """sRGB T 3 H W in 0..1 to CIE L*a*b* under D65."""
-    linear = torch.where(frames <= 0.04045, frames / 12.92, ((frames + 0.055) / 1.055) ** 2.4)
-    to_xyz = torch.tensor(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
-        dtype=frames.dtype,
-    )
-    white = to_xyz.sum(dim=1)
-    x, y, z = (torch.einsum("ij,tjhw->tihw", to_xyz, linear) / white[:, None, None]).unbind(1)
-
-    def response(v: Tensor) -> Tensor:
-        return torch.where(v > (6 / 29) ** 3, v ** (1 / 3), v * (29 / 6) ** 2 / 3 + 4 / 29)
-
-    x, y, z = response(x), response(y), response(z)
-    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
-
-
-def compare_folders(pred: Path, gt: Path) -> dict[str, dict[str, float]]:
-    """Measure every file in gt against the one of the same name, of any suffix, in pred: name -> metric -> value.
-
-    Raises:
-        MediaError: gt is empty, or a file is missing or cannot be decoded.
-        SettingError: two files differ in size or length.
-    """
-    suffixes = (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)
-    restored = {path.stem: path for path in list_media(pred, suffixes)}
-    originals = list_media(gt, suffixes)
-    missing = [path.stem for path in originals if path.stem not in restored]
-    if not originals or missing:
-        raise MediaError(f"{gt} holds {len(originals)} files to compare, of which {pred} lacks {len(missing)}: "
-                         f"{', '.join(missing) or 'none'}. Give both folders the same names.")
-    return {path.stem: measure(_read(restored[path.stem]), _read(path)) for path in originals}
-
-
-def _read(path: Path) -> Tensor:
-    return torch.tensor(decode(path)).permute(0, 3, 1, 2).float() / 255
-
-
-def main() -> None:
-    """Compare two folders of images and clips; print one JSON line an item, then the means."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=main.__doc__)
-    parser.add_argument("--pred", type=Path, required=True, help="restored files")
-    parser.add_argument("--gt", type=Path, required=True, help="originals of the same names")
-    options = parser.parse_args()
-    results = compare_folders(options.pred, options.gt)
-    for name, values in results.items():
-        print(json.dumps({"name": name, **values}))
-    print(json.dumps({"name": "mean", "items": len(results), "torch": torch.__version__, **means(results)}))
-
-
-def means(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the items that have it."""
-    names = dict.fromkeys(name for values in results.values() for name in values)
-    columns = {name: [values[name] for values in results.values() if name in values] for name in names}
-    return {name: sum(column) / len(column) for name, column in columns.items()}
-
+__all__ = ["BENCHMARKS", "METRICS", "EvalItem", "Metric", "eval_items", "evaluate", "find_sets", "means", "measure",
+           "recognise"]  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,52 +1,147 @@
-"""Averaged weights of finished runs -> checkpoints. `python -m training.export --vae runs/vae --dit runs/distill/01`
+"""Weights of a run -> a checkpoint. `python -m training.export --run runs/distill/01 --out model.safetensors`
 
-Writes nano_vae.safetensors and nano_dit.safetensors, bf16, with the published tensor names, the config in the metadata
-and the prompt beside the weights, so that the command line and the nodes load them at once.
+The file has the published tensor names, the config in its metadata and the prompts beside the weights, so the nodes
+and the command line load it at once. Adapters are merged into the model they were trained on.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
 
 from seedvr2_core.checkpoints import save
+from seedvr2_core.errors import CheckpointError, SeedVR2Error
+from seedvr2_core.models.vae import VideoVAE
 
-from . import pretrain, vae
-from .pretrain import NANO_DIT, Latents
-from .vae import NANO_VAE
+from . import config as configs
+from . import state, weights
+from .lora import merged
+from .restorer import Restorer
+from .shards import Latents
+
+log = logging.getLogger(__name__)
+
+What = Literal["ema", "raw"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Prefixes of a checkpoint's tensors: averaged weights, and those of the module that is averaged.
+PREFIXES = {"ema": "ema", "raw": "g"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="run directory of training.vae")
-    parser.add_argument("--dit", type=Path, required=True, help="run directory of training.pretrain or a halving")
-    parser.add_argument("--latents", type=Path, required=True, help="run directory of training.precompute")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
-    args = parser.parse_args()
-    autoencoder = vae.load_run(args.vae, NANO_VAE)
-    scale = round(Latents(args.latents, seed=0).scale, 4)
-    save(
-        args.out / "nano_vae.safetensors",
-        autoencoder.bfloat16(),
-        replace(NANO_VAE, scale=scale),
-        metadata={"modelspec.title": "SeedVR2 nano VAE"},
-    )
-    restorer = pretrain.load_run(args.dit, NANO_DIT)
+def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Tensor]:
+    """Weights of a run, by name.
+
+    Args:
+        run: its directory.
+        step: of a checkpoint, or of averaged weights that were kept for good; None: the last checkpoint.
+        what: averaged, or as they were trained.
+
+    Raises:
+        CheckpointError: nothing was kept of that step.
+    """
+    found = {int(path.name.removeprefix("step_")): path for path in state.complete(run / state.FOLDER)}
+    kept = {int(path.stem.removeprefix("step_")): path for path in (run / state.AVERAGED).glob("step_*.safetensors")}
+    averages = what == "ema"
+    at = step if step is not None else max({**found, **(kept if averages else {})}, default=None)
+    if at in found:
+        prefix = f"{PREFIXES[what]}/"
+        names = {name: size for name, size in state.stored(found[at]).items() if name.startswith(prefix)}
+        tensors = {name: torch.empty(size) for name, size in names.items()}
+        dcp.load(tensors, checkpoint_id=found[at], no_dist=True)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if averages and at in kept:
+        return load_file(kept[at])
+    there = ", ".join(map(str, sorted({**found, **(kept if averages else {})}))) or "none"
+    raise CheckpointError(f"{run} holds no {what} weights of step {step}; there are those of {there}.")
+
+
+def export(
+    run: Path,
+    out: Path,
+    step: int | None = None,
+    what: What = "ema",
+    dtype: torch.dtype = torch.bfloat16,
+    latents: Path | None = None,
+    title: str | None = None,
+) -> None:
+    """Write the checkpoint of a run, of whatever stage.
+
+    Args:
+        run: its directory.
+        out: the file to write.
+        step: see `read`.
+        what: see `read`.
+        dtype: of the weights in the file.
+        latents: of an autoencoder's: the data set whose deviation becomes its scale.
+        title: what the model is called; its size or the name of the run if not given.
+
+    Raises:
+        CheckpointError: there is nothing to export, or the file cannot be written.
+    """
+    tensors = read(run, step, what)
+    saved = configs.load_saved(run) or {}
+    metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": f"{run.name}, step {step}, {what}"}
+    if "prompt" not in tensors and saved.get(weights.BASE_KEY) is None:
+        vae = weights.build_vae(run, tensors)
+        _save_vae(vae.to(dtype), out, latents, metadata)
+        return
+    if saved.get(weights.BASE_KEY) is not None:
+        restorer = merged(run, tensors, torch.float32, "cpu")
+        negative = weights.open_negative(saved[weights.BASE_KEY])
+    else:
+        restorer, negative = weights.build_restorer(run, tensors), None
+    _save_restorer(restorer, out, dtype, negative, metadata)
+
+
+def _save_vae(vae: VideoVAE, out: Path, latents: Path | None, metadata: dict[str, str]) -> None:
+    config = vae.config
+    if latents is not None:
+        config = replace(config, scale=round(Latents(latents, seed=0).scale, 4))
+    else:
+        log.warning("The scale of the latents stays %g; give --latents to set it to theirs.", config.scale)
+    save(out, vae, config, metadata=metadata)
+
+
+def _save_restorer(
+    restorer: Restorer, out: Path, dtype: torch.dtype, negative: Tensor | None, metadata: dict[str, str]
+) -> None:
+    prompt = restorer.prompt.detach()
     prompts = {
-        "positive_conditioning": restorer.prompt.data.bfloat16(),
-        "negative_conditioning": torch.zeros_like(restorer.prompt.data).bfloat16(),
+        "positive_conditioning": prompt.to(dtype),
+        # What a dropped prompt was in training, where there is no negative one.
+        "negative_conditioning": (torch.zeros_like(prompt) if negative is None else negative).to(dtype),
     }
-    save(
-        args.out / "nano_dit.safetensors",
-        restorer.dit.bfloat16(),
-        NANO_DIT,
-        extra_tensors=prompts,
-        metadata={"modelspec.title": "SeedVR2 nano"},
-    )
+    save(out, restorer.dit.to(dtype), restorer.dit.config, extra_tensors=prompts, metadata=metadata)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory of any stage")
+    parser.add_argument("--step", type=int, help="of the weights (default: the last)")
+    parser.add_argument("--what", choices=tuple(PREFIXES), default="ema", help="averaged weights, or raw ones")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--latents", type=Path, help="for an autoencoder: the latents that its scale is made for")
+    parser.add_argument("--title", help="what the model is called")
+    args = parser.parse_args(argv)
+    try:
+        export(args.run, args.out, args.step, args.what, DTYPES[args.dtype], args.latents, args.title)
+    except SeedVR2Error as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,47 +1,134 @@
-"""The only loop: it steps, averages, logs, saves and resumes; a stage says what a step is.
+"""The only loop: it accumulates, steps, averages, guards, logs, saves and resumes; a stage says what its losses are.
 
-Every random draw of a stage is a function of (seed, step), so the step number is all that a resumed run needs to go on
-exactly where it stopped.
+Every random draw of a stage is a function of (seed, step, micro-batch), so the step number is all that a resumed run
+needs to go on exactly where it stopped, in however many processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
+import signal
 import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from seedvr2_core.device import pick_device
+from seedvr2_core.errors import CheckpointError
+
+from . import config as configs
 from . import state
-from .config import OptimConfig, RunConfig
-from .ema import EMA
+from .config import Command, OptimConfig, RunConfig
+from .ema import EMA, local
+from .env import describe_environment
+from .guards import Guards, Verdict
+from .journal import Journal
+from .parallel import Processes, connect, local_device, reshard, set_last_micro
+from .previews import Preview, write_previews
 
 log = logging.getLogger(__name__)
+
+# Scalars of a micro-batch that add up over a step; the mean is taken of all others.
+ADD_UP = ("samples", "tokens", "data_seconds")
 
 
 class Stage(Protocol):
     """What the loop drives."""
 
-    module: nn.Module  # what is trained
+    # What is trained, in the order in which they are updated within one step: "d" before "g", or "g" alone.
+    modules: Mapping[str, nn.Module]
+    averaged: str  # name of the module whose average is kept
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one step, differentiable, and the scalars worth logging."""
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+        """Add the gradient of `scale` times the loss of one micro-batch to module `name`.
+
+        Args:
+            name: of the module that will be updated.
+            step: of the run.
+            micro: number of the micro-batch among those of the step in all processes; with the step it says what
+                every random draw is.
+            scale: makes the sum over micro-batches a mean.
+
+        Returns:
+            what is worth logging. "samples", "tokens" and "data_seconds" (spent waiting) add up, of all else the mean
+            is taken. Where several modules are trained their names differ.
+        """
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        """Held-out metrics of the given (averaged) weights."""
+        """Held-out metrics of the averaged module with the averaged weights. Runs without gradients."""
+
+    def preview(self, module: nn.Module) -> Sequence[Preview]:
+        """Fixed held-out samples restored by the averaged module; () where there is nothing to see."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """How this call goes about a run, beyond what its config says."""
+
+    resume: str = "auto"  # the newest checkpoint in the run directory; or "none", or the path of a checkpoint
+    most_steps: int | None = None  # made now, then save and stop
+    allow_config_change: bool = False
+    processes: Processes = field(default_factory=Processes)
+    guards: Guards = field(default_factory=Guards)
+
+
+def open_session(command: Command, config: Any) -> Session:
+    """Set this process up for a stage, and join the others that torchrun started.
+
+    Args:
+        command: the stage's command line.
+        config: of the stage; `run` and `guard` are read.
+
+    Raises:
+        SettingError: there is no such device, or another number of processes than `run.parallel` says.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(command.threads)
+    # Numbers below 1e-38 appear in dying channels and are a hundred times slower on a CPU.
+    torch.set_flush_denormal(True)
+    # What a layer returns is a view, and nobody changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = local_device(str(pick_device(command.device)))
+    return Session(
+        resume=command.resume,
+        most_steps=command.most_steps,
+        allow_config_change=command.allow_config_change,
+        processes=connect(config.run.parallel, device),
+        guards=Guards(config.guard),
+    )
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, has saved its state, and will go on from there. Exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class Stopped(SystemExit):
+    """A guard stopped the run; there is no point in going on as it is. Exit code 3 or 4, see `training.guards`."""
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine from lr to final_lr."""
+    """Linear warm-up, then constant, then over the last share `decay` of the steps a cosine from lr to final_lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, steps - config.warmup)
+    start = max(config.warmup, round(steps * (1 - config.decay)))
+    done = max(0, step - start) / max(1, steps - start)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -51,66 +138,289 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        inputs = parameter[0].numel() if parameter.ndim > 1 else 1
+        inputs = math.prod(parameter.shape[1:])
         rate = min(1.0, config.full_rate_inputs / inputs) if config.full_rate_inputs else 1.0
         groups.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "rate": rate} for rate, parameters in groups.items()]
 
 
-def run(stage: Stage, run_config: RunConfig, optim: OptimConfig, directory: Path) -> nn.Module:
-    """Train to the last step and return the averaged weights. A run found in `directory` is continued.
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(module, config)
+    if config.kind == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.betas[1], weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
-    Writes config.json, metrics.jsonl (one object a line), validation.jsonl and checkpoint.pt.
+
+def run(
+    stage: Stage, config: Any, optims: Mapping[str, OptimConfig], directory: Path, session: Session | None = None
+) -> nn.Module:
+    """Train to the last step and return the averaged module with its averaged weights.
+
+    Writes config.yaml, env.json, metrics.jsonl, validation.jsonl, alerts.jsonl, previews/, checkpoints/ and ema/.
+
+    Args:
+        stage: its modules are moved to the device and sharded here.
+        config: of the stage; `config.run` is for the loop, the rest is only recorded.
+        optims: of every module of the stage.
+        directory: of the run; what is found there is continued, unless the session says otherwise.
+        session: how this call goes about it.
+
+    Raises:
+        SettingError: a run found in `directory` was begun with another model, seed or data.
+        CheckpointError: the last checkpoint could not be saved, or the one to resume from does not fit.
+        Preempted: stopped by SIGTERM, SIGUSR1, run.max_hours or `most_steps`, and saved.
+        Stopped: by a guard.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    module = stage.module
-    ema = EMA(module, run_config.ema)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, optim), betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
-    first = 0
-    if saved := state.load(directory):
-        module.load_state_dict(saved["module"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-        log.info("Continuing %s at step %d.", directory, first)
-    config = {"run": dataclasses.asdict(run_config), "optim": dataclasses.asdict(optim)}
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return Trainer(stage, config, optims, directory, session or Session()).run()
 
-    with open(directory / "metrics.jsonl", "a", buffering=1) as metrics:
-        for step in tqdm(range(first, run_config.steps), initial=first, total=run_config.steps, desc=directory.name):
-            start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * learning_rate(step, run_config.steps, optim)
-            loss, scalars = stage.loss(step)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
-            if torch.isfinite(norm):
-                optimizer.step()
-                ema.update(module)
-            else:
-                log.warning("Step %d has a gradient of %s; skipped.", step, norm.item())
-            optimizer.zero_grad(set_to_none=True)
-            row = {"step": step, "loss": loss.item(), **scalars, "grad_norm": norm.item()}
-            metrics.write(json.dumps({**row, "seconds": round(time.perf_counter() - start, 4)}) + "\n")
 
-            done = step + 1
-            last = done == run_config.steps
-            if last or done % run_config.save_every == 0:
-                state.save(
-                    directory,
-                    {
-                        "step": done,
-                        "module": module.state_dict(),
-                        "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    },
-                )
-            if last or done % run_config.validate_every == 0:
-                with torch.no_grad():
-                    row = {"step": done, **stage.validate(ema.module)}
-                with open(directory / "validation.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                log.info("%s", row)
-    return ema.module
+class Trainer:
+    """One call of the loop: what `run` holds while it runs."""
+
+    def __init__(self, stage: Stage, config: Any, optims: Mapping[str, OptimConfig], directory: Path, session: Session):
+        self.stage, self.directory, self.session = stage, directory, session
+        self.config: RunConfig = config.run
+        self.optims, self.processes = optims, session.processes
+        self.micros = self.processes.micros(self.config.micro_batches)
+        for module in stage.modules.values():
+            self.processes.place(module)
+        self.module = stage.modules[stage.averaged]
+        self.ema = EMA(self.module, self.config.ema, self.config.ema_every, self.config.ema_device)
+        self.optimizers = {name: make_optimizer(module, optims[name]) for name, module in stage.modules.items()}
+        self.checkpoints = state.Checkpoints(
+            directory, self.processes, keep=self.config.keep, asynchronous=self.config.async_save
+        )
+        self.hash = configs.config_hash(config)
+        self.first = self._begin(config)
+
+    def run(self) -> nn.Module:
+        config, started = self.config, time.monotonic()
+        last = config.steps
+        if self.session.most_steps is not None:
+            last = min(last, self.first + self.session.most_steps)
+        writes = self.directory if self.processes.first else None
+        progress = tqdm(
+            range(self.first, last),
+            initial=self.first,
+            total=config.steps,
+            desc=self.directory.name,
+            disable=not self.processes.first,
+        )
+        with Journal(writes, self.first, config.tensorboard) as self.journal, asked_to_stop() as asked:
+            for step in progress:
+                row = self._step(step)
+                progress.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name.endswith("loss")})
+                done = step + 1
+                hours = (time.monotonic() - started) / 3600
+                over = asked.is_set or (config.max_hours is not None and hours >= config.max_hours)
+                # Any process may have been asked; all of them stop after the same step.
+                over = max(self.processes.mean([float(over)])) > 0 or done == last
+                self._after(done, over)
+                if over and done < config.steps:
+                    log.info("Stopped after step %d; the same command goes on from there.", done)
+                    raise Preempted
+        self.ema.copy_to(self.module)
+        reshard(self.module)
+        return self.module
+
+    # One step.
+
+    def _step(self, step: int) -> dict[str, float]:
+        start = time.perf_counter()
+        row: dict[str, float] = {"step": step}
+        for name, module in self.stage.modules.items():
+            row |= self._update(name, module, step)
+        seconds = time.perf_counter() - start
+        row["seconds"] = round(seconds, 4)
+        for unit in ("samples", "tokens"):
+            if unit in row:
+                row[f"{unit}_per_second"] = round(row.pop(unit) / seconds, 2)
+        if (step + 1) % self.config.log_norms_every == 0:
+            row |= self._norms()
+        if self.processes.device.type == "cuda":
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated(self.processes.device) / 2**30, 3)
+        self.journal.metrics(row)
+        return row
+
+    def _update(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
+        """One update of one module: all its micro-batches, and a step of its optimiser."""
+        optimizer, optim = self.optimizers[name], self.optims[name]
+        rate = learning_rate(step, self.config.steps, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate
+        # Another module's update may have left gradients here.
+        optimizer.zero_grad(set_to_none=True)
+        rows = []
+        for micro in self.micros:
+            set_last_micro(module, micro == self.micros[-1])
+            rows.append(self.stage.backward(name, step, micro, 1 / len(self.micros)))
+        norm = gradient_norm(module)
+        scalars = self._means(rows)
+        prefix = f"{name}_" if len(self.optims) > 1 else ""
+        scalars |= {f"{prefix}grad_norm": norm.item(), f"{prefix}lr": rate}
+        verdict = self.session.guards.check(step, scalars)
+        self._obey(step, verdict, scalars)
+        if verdict.action != "skip":
+            if optim.clip and norm > optim.clip:
+                scale_gradients(module, optim.clip / (norm + 1e-6))
+            optimizer.step()
+            reshard(module)
+            if name == self.stage.averaged and not verdict.hold_average:
+                self.ema.update(module)
+        optimizer.zero_grad(set_to_none=True)
+        return scalars
+
+    def _obey(self, step: int, verdict: Verdict, scalars: Mapping[str, float]) -> None:
+        if verdict.action != "go":
+            self.journal.alert(step, verdict.sentence, scalars)
+        if verdict.action == "stop":
+            log.error("Stopped at step %d. %s", step, verdict.sentence)
+            raise Stopped(verdict.exit_code)
+
+    def _means(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Scalars of a step from those of its micro-batches in all processes."""
+        names = sorted(rows[0])
+        local_means = [sum(row[name] for row in rows) / len(rows) for name in names]
+        means = dict(zip(names, self.processes.mean(local_means), strict=True))
+        return {name: means[name] * (self.config.micro_batches if name in ADD_UP else 1) for name in rows[0]}
+
+    def _norms(self) -> dict[str, float]:
+        squares = [
+            sum(local(p.detach()).square().sum() for p in self.module.parameters()),
+            self.ema.distance(self.module),
+        ]
+        sharded = isinstance(next(self.module.parameters()), DTensor)
+        copies = self.processes.config.replicate if sharded else self.processes.world
+        sums = [value * self.processes.world / copies for value in self.processes.mean([s.item() for s in squares])]
+        return {"weight_norm": math.sqrt(sums[0]), "ema_distance": math.sqrt(sums[1])}
+
+    # Between steps.
+
+    def _after(self, done: int, over: bool) -> None:
+        """Save, validate and show what is due after `done` steps; `over`: there will be no other in this call."""
+        config, last = self.config, done == self.config.steps
+        if over or done % config.save_every == 0:
+            self._save(done, wait=over)
+        else:
+            self._settle(done)
+        if last or done % config.keep_averaged_every == 0:
+            try:
+                state.save_averaged(self.directory, done, self.ema.state(self.module), self.processes)
+            except CheckpointError as error:
+                self.journal.alert(done, str(error))
+        validates = last or done % config.validate_every == 0
+        shows = config.preview_every is not None and (last or done % config.preview_every == 0)
+        if validates or shows:
+            self._look(done, validates, shows)
+
+    @torch.no_grad()
+    def _look(self, done: int, validates: bool, shows: bool) -> None:
+        reshard(self.module)
+        raw = self.stage.preview(self.module) if shows else ()
+        reshard(self.module)
+        with self.ema.shown_by(self.module):
+            results = self.stage.validate(self.module) if validates else {}
+            shown = self.stage.preview(self.module) if shows else ()
+            reshard(self.module)
+        if shown and self.processes.first:
+            write_previews(self.directory / "previews" / f"step_{done:06d}", shown, raw)
+        if results:
+            self.journal.validation({"step": done, **results})
+            if judge := self.config.judge:
+                value = -results[judge[1:]] if judge.startswith("-") else results[judge]
+                self._obey(done, self.session.guards.check_validation(done, value), results)
+
+    def _save(self, done: int, wait: bool) -> None:
+        """A checkpoint that cannot be saved is tried again next time; only the last one has to succeed."""
+        meta = {
+            "config_hash": self.hash,
+            "ema_updates": self.ema.updates,
+            "preempted": wait and done < self.config.steps,
+            "guards": self.session.guards.state_dict(),
+        }
+        try:
+            self.checkpoints.save(done, self._tensors(), meta)
+            if wait:
+                self.checkpoints.settle(wait=True)
+        except CheckpointError as error:
+            self.journal.alert(done, str(error))
+            if wait:
+                raise
+
+    def _settle(self, done: int) -> None:
+        try:
+            self.checkpoints.settle(wait=False)
+        except CheckpointError as error:
+            self.journal.alert(done, str(error))
+
+    # The state of a run.
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"ema/{name}": value for name, value in self.ema.state(self.module).items()}
+        for name, module in self.stage.modules.items():
+            tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+            tensors |= state.optimizer_tensors(name, module, self.optimizers[name])
+        return tensors | state.generators(self.processes.rank)
+
+    def _begin(self, config: Any) -> int:
+        """Take up the checkpoint that the session asks for; the number of steps that have been made."""
+        directory, session = self.directory, self.session
+        path = self.checkpoints.newest() if session.resume == "auto" else None
+        if session.resume not in ("auto", "none"):
+            path = Path(session.resume)
+        before = configs.load_saved(directory) if path else None
+        if before is not None and (changes := configs.differences(before, config)):
+            for key, (old, new) in changes.items():
+                log.info("%s was %s and is %s from now on.", key, old, new)
+            if not session.allow_config_change:
+                configs.refuse_frozen(changes, config)
+        self.processes.agree(None)
+        if self.processes.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            state.write_whole(directory / configs.CONFIG_FILE, configs.to_yaml(config))
+            state.write_whole(directory / "env.json", describe_environment(self.processes))
+        return 0 if path is None else self._load(path)
+
+    def _load(self, path: Path) -> int:
+        names = state.stored(path)
+        for name, module in self.stage.modules.items():
+            state.prepare_optimizer(name, module, self.optimizers[name], names)
+        tensors = {name: value for name, value in self._tensors().items() if not name.startswith("rng/")}
+        meta = self.checkpoints.load(path, tensors)
+        state.restore_generators(path, self.processes.rank)
+        self.ema.updates = meta["ema_updates"]
+        self.session.guards.load_state_dict(meta["guards"])
+        log.info("Continuing %s at step %d.", self.directory, meta["step"])
+        return meta["step"]
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """L2 norm of all gradients, over all processes."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def scale_gradients(module: nn.Module, factor: Tensor) -> None:
+    gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+
+
+@dataclass
+class Flag:
+    is_set: bool = False
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Flag]:
+    """A flag that SIGTERM and SIGUSR1 set while the context lasts: finish the step, save, and stop."""
+    flag = Flag()
+
+    def set_flag(number: int, frame: FrameType | None) -> None:
+        flag.is_set = True
+
+    before = {number: signal.signal(number, set_flag) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,11 +1,13 @@
 """Losses as pure functions, one equation each.
 
 b clips   c channels   T H W pixel frames, height, width
+r, f logits b of the discriminator for real and for restored samples, paired: sample i of both has one condition
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,8 +15,67 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from seedvr2_core.diffusion.schedule import velocity
+
 # Side of the windows whose spectra are compared, in pixels.
 WINDOW = 32
+
+
+def flow_matching(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
+    """mean (v - (noise - data))^2, over all entries. Source: the released configuration, loss "v_lerp"."""
+    return (predicted - velocity(data, noise)).square().mean()
+
+
+def relativistic_d(r: Tensor, f: Tensor) -> Tensor:
+    """mean softplus(-(r - f)); ln 2 where real and restored look alike.
+
+    Source: RpGAN, Jolicoeur-Martineau, arXiv 1807.00734; as SeedVR2, arXiv 2506.05301, and R3GAN, arXiv 2501.05441.
+    """
+    return F.softplus(f - r).mean()
+
+
+def relativistic_g(r: Tensor, f: Tensor) -> Tensor:
+    """mean softplus(-(f - r)): the discriminator's loss with the roles exchanged. Source: as `relativistic_d`."""
+    return relativistic_d(f, r)
+
+
+def non_saturating_d(r: Tensor, f: Tensor) -> Tensor:
+    """mean softplus(-r) + softplus(f). Source: Goodfellow et al., arXiv 1406.2661; as APT, arXiv 2501.08316."""
+    return F.softplus(-r).mean() + F.softplus(f).mean()
+
+
+def non_saturating_g(r: Tensor, f: Tensor) -> Tensor:
+    """mean softplus(-f); what is real does not matter. Source: as `non_saturating_d`."""
+    return F.softplus(-f).mean()
+
+
+def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """mean (D(x) - D(x + sigma e))^2, e unit Gaussian: sigma^2 times the squared gradient of D at x, to first order.
+
+    On real samples it stands for R1, on restored ones for R2. Both terms pass gradients: with the perturbed one
+    detached the value is the same, but its gradient is no longer that of the penalty, and training is lost.
+
+    Source: APT, arXiv 2501.08316, for R1; SeedVR2, arXiv 2506.05301, eq. 3, for R2.
+    """
+    return (logits - perturbed).square().mean()
+
+
+def feature_distances(restored: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """mean |D_i(restored) - D_i(real)| of the features of every tap i: as many as there are taps."""
+    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(restored, real, strict=True)])
+
+
+def feature_matching(restored: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """mean over taps of their distances. The paper gives no normalisation; a mean keeps its weight at every size.
+
+    Source: SeedVR2, arXiv 2506.05301, eq. 4.
+    """
+    return feature_distances(restored, real).mean()
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """mean |a - b|, over all entries."""
+    return (a - b).abs().mean()
 
 
 def kl(mean: Tensor, std: Tensor) -> Tensor:

@@ -1,106 +1,343 @@
 """Latents of (clean, degraded) pairs, computed once. `python -m training.precompute --config nano --out runs/latents`
 
-Degrading and encoding take longer than the step that uses them. For every kind of crop the run directory gets a file of
-pixel pairs and one of latents; whatever is there already is kept.
+Degrading and encoding take longer than the step that uses them; the paper trains four times as fast on latents. The
+samples of a data set are dealt into shards (see `shards`). What a sample holds depends on its number alone, so any
+number of processes may share the work, each `--shard i/N` taking every Nth shard, and a run that was cut off is
+continued: shards that are finished are passed over. Whoever finishes the last one writes the index.
 """
+# T H W pixel frames, height, width   c t h w latent channels, frames, height, width
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-from dataclasses import asdict, dataclass
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from seedvr2_core.device import pick_dtype
+from seedvr2_core.device import pick_device, pick_dtype
+from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
 from seedvr2_core.models.vae import VideoVAE, posterior
+from seedvr2_core.video.geometry import to_clip
 
-from .config import parse_command
-from .data import DataConfig, Kind, PairJob, write_pairs
-from .vae import RECIPES as VAE_RECIPES
-from .vae import load_run
+from .buckets import aspect_sizes
+from .config import parse_command, setting
+from .data import DataConfig, Dataset, Kind, Sample
+from .degradation import MIXTURES
+from .randomness import rng, torch_rng
+from .shards import Pair, build_index, is_finished, write_shard
+from .weights import open_vae
 
 log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# How many other samples are tried in place of one whose file cannot be read.
+SUBSTITUTES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairCrops:
-    """`count` pairs of `frames` x `size` x `size` pixels."""
+    """Samples of one length and area."""
 
-    kind: Kind
-    count: int
-    size: int
-    frames: int = 1
+    kind: Kind = setting("image", "image or clip")
+    count: int = setting(about="samples", least=1)
+    size: int = setting(about="side of a square crop in pixels; the area of the others", least=16)
+    frames: int = setting(1, "4n+1", least=1)
+    aspects: int = setting(1, "shapes of that area, from wide to tall; 1: squares alone", least=1)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.frames}x{self.size}" + (f"x{self.aspects}" if self.aspects > 1 else "")
+
+    def shape(self, seed: int, index: int) -> tuple[int, int]:
+        """Height and width of one sample."""
+        sizes = aspect_sizes(self.size**2, self.aspects)
+        return sizes[int(rng(seed, f"aspect/{self.name}", index).integers(len(sizes)))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precompute:
-    """Everything the latents depend on."""
+    """Everything the latents depend on, and how they are made."""
 
-    vae: Path
-    crops: tuple[PairCrops, ...]
-    degradation: str = "nano_mixed"
-    batch: int = 16
-    seed: int = 1
-    workers: int = 2
+    vae: Path = setting(about="run directory of training.vae, a checkpoint, or nano, 3b, 7b")
+    crops: tuple[PairCrops, ...] = setting(about="what to make")
+    degradation: str = setting("mixed", f"one of {', '.join(MIXTURES)}", source="S2")
+    variants: int = setting(1, "degraded versions of each sample", least=1)
+    # Inference of the release samples too; ours takes the mean.
+    latent: Literal["sample", "mean"] = setting("sample", "what is kept of the autoencoder's posterior")
+    dtype: Literal["bf16", "fp32"] = setting("bf16", "stored")
+    captions: Path | None = setting(None, "folder of text embeddings, NAME.safetensors for the source NAME.*")
+    data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
+    shard_samples: int = setting(1000, "in a shard", least=1)
+    batch: int = setting(16, "samples encoded together", least=1)
+    workers: int = setting(2, "processes that degrade; 0: this one", least=0)
+
+    @property
+    def settings(self) -> dict:
+        """What the samples of all shards depend on."""
+        made_here = ("batch", "workers")
+        return {name: value for name, value in json.loads(json.dumps(asdict(self), default=str)).items()
+                if name not in made_here}  # fmt: skip
 
 
+NANO = Precompute(
+    vae=Path("runs/vae"),
+    crops=(
+        PairCrops(kind="image", count=10_000, size=192),
+        PairCrops(kind="clip", count=2_500, size=128, frames=5),
+    ),
+    degradation="nano_mixed",
+    latent="mean",
+    dtype="fp32",
+)
+# From a folder of one's own to a fine-tuned 3B: real media alone, in the shapes of the paper's last phase.
+FINE_TUNE = Precompute(
+    vae=Path("3b"),
+    crops=(
+        PairCrops(kind="image", count=2_000, size=960, aspects=13),
+        PairCrops(kind="clip", count=1_000, size=512, frames=21, aspects=13),
+    ),
+    variants=2,
+    data=DataConfig(seed=1, real=1.0, moving_photo=0.0, stills=0, keep_clips=False),
+    shard_samples=250,
+    batch=1,
+)
 RECIPES = {
-    "nano": Precompute(
-        vae=Path("runs/vae"),
-        crops=(
-            PairCrops(kind="image", count=10_000, size=192),
-            PairCrops(kind="clip", count=2_500, size=128, frames=5),
-        ),
-    )
+    "nano": NANO,
+    # Seconds: to see every stage work.
+    "pico": replace(
+        NANO,
+        vae=Path("nano"),
+        crops=(PairCrops(kind="image", count=64, size=64), PairCrops(kind="clip", count=32, size=64, frames=5)),
+        data=DataConfig(seed=1, stills=8, still_size=192),
+        workers=0,
+    ),
+    "3b": FINE_TUNE,
+    "7b": replace(FINE_TUNE, vae=Path("7b")),
 }
 
 
-@torch.no_grad()
-def encode_pairs(vae: VideoVAE, pairs: np.ndarray, batch: int) -> dict[str, Tensor]:
-    """Posterior means of pairs n 2 3 T s s, uint8: {"hq": n 16 t h w, "lq": the same} in fp32, not scaled."""
-    weight = next(vae.parameters())
-    latents: dict[str, list[Tensor]] = {"hq": [], "lq": []}
-    for start in tqdm(range(0, len(pairs), batch), desc="encode"):
-        pixels = torch.from_numpy(pairs[start : start + batch].copy()).to(weight) / 127.5 - 1
-        for name, clip in zip(latents, pixels.unbind(1), strict=True):
-            latents[name].append(posterior(vae.encode(clip))[0].float())
-    return {name: torch.cat(parts) for name, parts in latents.items()}
+@dataclass(frozen=True)
+class Task:
+    """One shard: samples start..stop-1 of one kind of crop."""
+
+    name: str
+    crops: PairCrops
+    start: int
+    stop: int
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = parse_command("precompute", RECIPES)
-    config: Precompute = command.config
-    torch.set_num_threads(command.threads)
-    vae = load_run(config.vae, VAE_RECIPES["nano"].model).to(pick_dtype("auto", torch.device("cpu")))
+def tasks(config: Precompute) -> list[Task]:
+    """All shards of a data set, in order."""
+    found = []
     for crops in config.crops:
-        name = f"{crops.kind}_{crops.frames}x{crops.size}"
-        target = command.out / f"{name}.safetensors"
-        if target.exists():
-            log.info("%s is there already.", target)
-            continue
-        job = PairJob(
-            root=command.data,
-            cache_dir=command.out / "sources",
-            count=crops.count,
-            kind=crops.kind,
-            size=crops.size,
-            frames=crops.frames,
-            degradation=config.degradation,
-            data=DataConfig(seed=config.seed),
-        )
-        pairs = np.load(write_pairs(command.out / f"{name}.npy", job, config.workers), mmap_mode="r")
-        partial = target.with_suffix(".partial")
-        save_file(encode_pairs(vae, pairs, config.batch), partial)
-        partial.replace(target)
-    (command.out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
+        starts = range(0, crops.count, config.shard_samples)
+        for number, start in enumerate(starts):
+            stop = min(start + config.shard_samples, crops.count)
+            found.append(Task(f"{crops.name}-{number:06d}", crops, start, stop))
+    return found
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a process needs to make samples."""
+
+    root: Path | None
+    cache_dir: Path
+    config: Precompute
+
+    def dataset(self) -> Dataset:
+        return Dataset.load(self.root, self.config.data, self.cache_dir)
+
+
+def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: int) -> Sample:
+    """One sample. Where its file cannot be read any more, another one, always the same, takes its place."""
+    for attempt in range(SUBSTITUTES + 1):
+        try:
+            # Beyond the last sample of this kind lie numbers that nobody uses.
+            number = index + attempt * crops.count
+            shape = crops.shape(config.data.seed, index)
+            return dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
+                                  frames=crops.frames, variants=config.variants)  # fmt: skip
+        except MediaError as error:
+            log.warning("Sample %d is replaced: %s", index, error)
+            last = error
+    raise last
+
+
+@torch.no_grad()
+def encode(vae: VideoVAE, clips: Tensor, noise: Sequence[torch.Generator] | None) -> Tensor:
+    """Latents b c t h w in fp32, not scaled, of clips b 3 T H W, uint8: posterior means, or samples of it by the given
+    generators, one a clip."""
+    weight = next(vae.parameters())
+    mean, std = posterior(vae.encode(to_clip(clips.to(weight.device).to(weight.dtype) / 255)))
+    if noise is None:
+        return mean.float().cpu()
+    drawn = torch.stack([torch.randn(m.shape, generator=generator) for m, generator in zip(mean, noise, strict=True)])
+    return mean.float().cpu() + std.float().cpu() * drawn
+
+
+def write(directory: Path, task: Task, config: Precompute, vae: VideoVAE, samples: Iterator[Sample]) -> None:
+    """Encode the samples of a task and write its shard."""
+    dtype = DTYPES[config.dtype]
+
+    def pairs() -> Iterator[tuple[str, Pair]]:
+        waiting: list[tuple[int, Sample]] = []
+        numbered = zip(range(task.start, task.stop), samples, strict=True)
+        for index, sample in tqdm(numbered, total=task.stop - task.start, desc=task.name):
+            # Samples of one shape are encoded together; they keep their order.
+            if waiting and (waiting[0][1].clean.shape != sample.clean.shape or len(waiting) == config.batch):
+                yield from finish(waiting)
+                waiting = []
+            waiting.append((index, sample))
+        yield from finish(waiting)
+
+    def finish(group: list[tuple[int, Sample]]) -> Iterator[tuple[str, Pair]]:
+        columns = []
+        for variant in range(-1, config.variants):
+            clips = torch.stack([s.clean if variant < 0 else s.degraded[variant] for _, s in group])
+            noise = None
+            if config.latent == "sample":
+                noise = [torch_rng(config.data.seed, f"posterior/{task.crops.name}", i, variant + 1) for i, _ in group]
+            columns.append(encode(vae, clips, noise).to(dtype))
+        for (index, sample), hq, *lq in zip(group, *columns, strict=True):
+            about = {**sample.about, "frames": sample.clean.shape[1], "size": list(sample.clean.shape[2:]),
+                     "latent": config.latent, "vae": str(config.vae)}  # fmt: skip
+            text = caption(config.captions, sample.about["source"])
+            yield f"{task.crops.name}-{index:09d}", Pair(hq.clone(), [z.clone() for z in lq], about, text)
+
+    write_shard(directory, task.name, pairs(), config.settings)
+
+
+def caption(folder: Path | None, source: str) -> Tensor | None:
+    """The text embedding l c of a source, from a file with one tensor, or None where there is none."""
+    if folder is None:
+        return None
+    file = folder / f"{Path(source.split('#')[0]).stem}.safetensors"
+    if not file.exists():
+        return None
+    tensors = load_file(file)
+    if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
+        raise SettingError(f"{file.name} holds {len(tensors)} tensors, expected one text embedding of tokens x width.")
+    return next(iter(tensors.values()))
+
+
+def run(config: Precompute, directory: Path, root: Path | None, vae: VideoVAE, part: tuple[int, int] = (0, 1)) -> None:
+    """Make every shard of this part that is not there yet, and the index when all are.
+
+    Args:
+        config: what to make.
+        directory: of the data set.
+        root: folder of photographs and clips; None for procedural pictures alone.
+        vae: the autoencoder, on its device.
+        part: (i, N): this process makes the shards i, i+N, i+2N, ...
+
+    Raises:
+        SettingError: the directory holds latents made with other settings.
+        CheckpointError: the disk is full.
+    """
+    everything = tasks(config)
+    mine = [task for task in everything[part[0] :: part[1]] if not is_finished(directory, task.name, config.settings)]
+    log.info("%d of %d shards are to be made here.", len(mine), len(everything))
+    if mine:
+        sources = Sources(root, directory / "sources", config)
+        with sample_maker(sources) as make:
+            for task in mine:
+                write(directory, task, config, vae, make(task))
+    missing = [task.name for task in everything if not is_finished(directory, task.name, config.settings)]
+    if missing:
+        log.info("%d shards are still to be made by others, %s first.", len(missing), missing[0])
+    else:
+        build_index(directory, [task.name for task in everything])
+
+
+@contextmanager
+def sample_maker(sources: Sources) -> Iterator:
+    """A function from a task to its samples, in order, made by worker processes where the config has some."""
+    config = sources.config
+    # Fills the cache once, before workers look for it.
+    dataset = sources.dataset()
+    if config.workers == 0:
+        yield lambda task: (make_sample(dataset, config, task.crops, i) for i in range(task.start, task.stop))
+        return
+    # Spawned, not forked: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, context, initializer=_start_worker, initargs=(sources,)) as pool:
+
+        def make(task: Task) -> Iterator[Sample]:
+            # A bounded number is under way: a map over all would hold a whole shard in memory.
+            numbers = iter(range(task.start, task.stop))
+            waiting = [pool.submit(_work, task.crops, i) for i in islice(numbers, 4 * config.workers)]
+            while waiting:
+                arrived = waiting.pop(0).result()
+                waiting += [pool.submit(_work, task.crops, i) for i in islice(numbers, 1)]
+                clean, degraded, about = arrived
+                yield Sample(torch.from_numpy(clean), [torch.from_numpy(d) for d in degraded], about)
+
+        yield make
+
+
+_WORKER: list = []  # in a worker process: its data set and its config, for as long as it lives
+
+
+def _start_worker(sources: Sources) -> None:
+    torch.set_num_threads(1)
+    _WORKER[:] = [sources.dataset(), sources.config]
+
+
+def _work(crops: PairCrops, index: int) -> tuple[np.ndarray, list[np.ndarray], dict]:
+    sample = make_sample(*_WORKER, crops, index)
+    return sample.clean.numpy(), [degraded.numpy() for degraded in sample.degraded], sample.about
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """"3/8" to (3, 8), counted from 0."""
+    try:
+        number, total = map(int, text.split("/"))
+    except ValueError:
+        raise SettingError(f"--shard takes i/N, such as 0/4, got {text!r}.") from None
+    if not 0 <= number < total:
+        raise SettingError(f"--shard {text} is out of range; it counts from 0/{max(total, 1)} on.")
+    return number, total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--shard", default="0/1")
+    known, rest = own.parse_known_args(argv)
+    command = parse_command("precompute", RECIPES, rest)
+    config: Precompute = command.config
+    try:
+        if config.degradation not in MIXTURES:
+            raise SettingError(f"There is no degradation {config.degradation!r}; choose one of {', '.join(MIXTURES)}.")
+        part = parse_part(known.shard)
+        if command.dry_run:
+            print(json.dumps(config.settings, indent=1))
+            print(f"{len(tasks(config))} shards, {sum(crops.count for crops in config.crops)} samples")
+            return 0
+        torch.set_num_threads(command.threads)
+        device = pick_device(command.device)
+        vae = open_vae(config.vae, pick_dtype("auto", device), device)
+        run(config, command.out, command.data, vae, part)
+    except SeedVR2Error as error:
+        print(f"precompute: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,25 +7,31 @@ Source: SeedVR, arXiv 2501.01320; loss, logit-normal times and resolution shift 
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seedvr2_core.diffusion.conditioning import augment, frame_noise
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.diffusion.schedule import interpolate, shift, shift_factor, velocity
 from seedvr2_core.errors import CheckpointError
-from seedvr2_core.models.dit import DiTConfig
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from seedvr2_core.models.windows import WindowConfig
+from seedvr2_core.video.geometry import PATCH
 
-from . import loop, state
-from .config import OptimConfig, RunConfig, parse_command
-from .randomness import rng, torch_rng
+from . import doctor, loop
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .guards import GuardConfig
+from .previews import Preview, colour, colour_basis
+from .randomness import torch_rng
 from .restorer import Restorer
+from .shards import HELD_OUT as HELD_OUT
+from .shards import Latents
+from .weights import empty_restorer, open_restorer
 
 # The code of the 3B in a size that a CPU trains in half an hour.
 NANO_DIT = DiTConfig(
@@ -45,8 +51,15 @@ NANO_DIT = DiTConfig(
 )
 # Below this, the shift for tiny crops would leave hardly any noisy times.
 MIN_SHIFT = 0.5
-# Latents kept out of training.
-HELD_OUT = 16
+
+
+class Batches(Protocol):
+    """What the config of a stage on latents says about its batches."""
+
+    run: RunConfig
+    batch: int
+    batch_tokens: int | None
+    image_share: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +69,22 @@ class Pretraining:
     model: DiTConfig
     run: RunConfig
     optim: OptimConfig
-    batch: int = 8
-    text_dropout: float = 0.1
-    # Condition noise is drawn from 0..this.
-    condition_noise: float = 0.25
-    # Share of samples at pure noise, where every sampler starts and a one-step sampler stays. Logit-normal times hardly
-    # get near it.
-    pure_noise: float = 0.0
+    guard: GuardConfig = GuardConfig()
+    init: str | None = setting(None, "run, checkpoint or published name to start from; none: random weights")
+    # A data set of many shapes is better dealt by tokens, so that every step costs the same.
+    batch_tokens: int | None = setting(
+        None, "of a step, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+    )
+    image_share: float | None = setting(
+        None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
+    )
+    batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
+    text_dropout: float = setting(0.1, "share of samples with the null prompt", least=0, most=1)
+    condition_noise: float = setting(
+        0.25, "most noise in the condition, drawn from 0..this", source="RC", least=0, most=1
+    )
+    # Where every sampler starts and a one-step sampler stays. Logit-normal times hardly get near it.
+    pure_noise: float = setting(0.0, "share of samples at pure noise", least=0, most=1)
 
 
 RECIPES = {
@@ -75,31 +97,32 @@ RECIPES = {
         pure_noise=0.2,
     )
 }
+# From released weights a tenth of the rate is enough.
+_3B = Pretraining(
+    model=SEEDVR2_3B,
+    run=RunConfig(
+        steps=20_000,
+        ema=0.9998,
+        save_every=500,
+        parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
+    ),
+    optim=OptimConfig(lr=1e-5, final_lr=1e-6, betas=(0.9, 0.95), warmup=1000, decay=0.2),
+    init="3b",
+    batch=1,
+    batch_tokens=90_000,
+    image_share=0.3,
+)
+RECIPES |= {
+    "3b": _3B,
+    "7b": replace(_3B, model=SEEDVR2_7B, init="7b"),
+    # As the paper began: random weights, and ten times the rate.
+    "7b_scratch": replace(_3B, model=SEEDVR2_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5)),
+}
 
 
-class Latents:
-    """Precomputed pairs, one kind of crop a step, scaled to unit variance as the transformer sees them."""
-
-    def __init__(self, directory: Path, seed: int):
-        self.kinds = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
-        if not self.kinds:
-            raise CheckpointError(f"{directory} holds no latents; run `python -m training.precompute` first.")
-        self.seed = seed
-        self.scale = 1 / torch.cat([kind["hq"].flatten() for kind in self.kinds]).std().item()
-
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Clean and degraded latents b 16 t h w of one step."""
-        kind = self.kinds[step % len(self.kinds)]
-        index = torch.from_numpy(rng(self.seed, "order", step).integers(HELD_OUT, len(kind["hq"]), size))
-        return kind["hq"][index] * self.scale, kind["lq"][index] * self.scale
-
-    def held_out(self) -> list[tuple[Tensor, Tensor]]:
-        return [(kind["hq"][:HELD_OUT] * self.scale, kind["lq"][:HELD_OUT] * self.scale) for kind in self.kinds]
-
-
-def noised_condition(lq: Tensor, seed: int, step: int, most: float) -> Tensor:
+def noised_condition(lq: Tensor, seed: int, step: int, most: float, micro: int = 0) -> Tensor:
     """The degraded latent b c t h w with a random amount of noise, so that the model also learns to doubt it."""
-    draw = torch_rng(seed, "condition_noise", step)
+    draw = torch_rng(seed, "condition_noise", step, micro)
     levels = torch.rand(len(lq), generator=draw) * most
     noise = torch.randn(lq.shape, generator=draw)
     return torch.cat([augment(z[None], n[None], u.item()) for z, n, u in zip(lq, noise, levels, strict=True)])
@@ -108,57 +131,123 @@ def noised_condition(lq: Tensor, seed: int, step: int, most: float) -> Tensor:
 class PretrainStage:
     """Flow matching: mean (v(x_u, condition, u) - (noise - data))^2."""
 
-    def __init__(self, config: Pretraining, latents: Latents):
-        self.config, self.latents = config, latents
-        torch.manual_seed(config.run.seed)
-        self.module = Restorer(config.model)
+    averaged = "g"
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __init__(self, config: Pretraining, latents: Latents, restorer: Restorer | None = None):
+        """`restorer` is trained in place; None: a fresh one."""
+        self.config, self.latents = config, latents
+        if restorer is None:
+            torch.manual_seed(config.run.seed)
+            restorer = Restorer(config.model)
+        self.modules: Mapping[str, Restorer] = {"g": restorer.train().requires_grad_(True)}
+
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+        restorer = self.modules[name]
+        x, condition, u, dropped, target = self.draw(step, micro, restorer.device)
+        loss = (restorer.velocity(x, condition, u, dropped) - target).square().mean()
+        (scale * loss).backward()
+        return {"loss": loss.item(), "frames": x.shape[2], **cost(x)}
+
+    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latent, condition, time, dropped prompts and true velocity of a micro-batch."""
         config, seed = self.config, self.config.run.seed
-        hq, lq = self.latents.batch(step, config.batch)
-        noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step))
-        draw = torch_rng(seed, "timestep", step)
+        hq, lq = draw_batch(config, self.latents, step, micro)
+        noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step, micro))
+        draw = torch_rng(seed, "timestep", step, micro)
         factor = max(MIN_SHIFT, shift_factor(*hq.shape[2:]))
         u = shift(torch.sigmoid(torch.randn(len(hq), generator=draw)), factor)
         u[torch.rand(len(hq), generator=draw) < config.pure_noise] = 1
-        dropped = torch.rand(len(hq), generator=torch_rng(seed, "text_drop", step)) < config.text_dropout
-        condition = noised_condition(lq, seed, step, config.condition_noise)
+        dropped = torch.rand(len(hq), generator=torch_rng(seed, "text_drop", step, micro)) < config.text_dropout
+        condition = noised_condition(lq, seed, step, config.condition_noise, micro)
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))
-        predicted = self.module.velocity(x, condition, u, dropped)
-        loss = (predicted - velocity(hq, noise)).square().mean()
-        return loss, {"frames": hq.shape[2]}
+        target = velocity(hq, noise)
+        return tuple(tensor.to(device) for tensor in (x, condition, u, dropped, target))
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         return latent_errors(module, self.latents, steps=(1, 8))
+
+    def preview(self, module: nn.Module) -> list[Preview]:
+        return latent_previews(module, self.latents, steps=8)
+
+
+def draw_batch(config: Batches, latents: Latents, step: int, micro: int, at: int = 0) -> tuple[Tensor, Tensor]:
+    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens a step.
+
+    Args:
+        at: the step of the plan or order where the run begins.
+    """
+    if config.batch_tokens is None:
+        return latents.batch(at + step, config.batch, micro)
+    planned = latents.planned(
+        at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches, image_share=config.image_share
+    )
+    return planned.hq, planned.lq
+
+
+def cost(latent: Tensor) -> dict[str, int]:
+    """How much work a micro-batch b c t h w is: samples, and video tokens."""
+    b, _, t, h, w = latent.shape
+    return {"samples": b, "tokens": b * t * (h // PATCH) * (w // PATCH)}
 
 
 def latent_errors(module: Restorer, latents: Latents, steps: tuple[int, ...]) -> dict[str, float]:
     """RMS error and spread of restored held-out latents, relative to the clean ones; "lq" is the input's own error."""
     result: dict[str, list[float]] = {}
     for hq, lq in latents.held_out():
-        noise = torch.stack([frame_noise(i, 0, *hq.shape[2:3], 16, *hq.shape[3:]) for i in range(len(hq))])
         result.setdefault("lq", []).append((lq - hq).square().mean().sqrt().item())
         for count in steps:
-            restored = sample(lambda x, u, lq=lq: module.velocity(x, lq, torch.full((len(x),), u)), noise, count)
+            restored = restore_latents(module, lq, count)
             result.setdefault(f"rms_{count}", []).append((restored - hq).square().mean().sqrt().item())
             result.setdefault(f"std_{count}", []).append((restored.std() / hq.std()).item())
     return {name: sum(values) / len(values) for name, values in result.items()}
 
 
-def load_run(directory: Path, config: DiTConfig) -> Restorer:
-    """The averaged weights of a run of this stage or of the next."""
-    restorer = Restorer(config)
-    restorer.load_state_dict(state.load_averaged(directory))
+def latent_previews(module: Restorer, latents: Latents, steps: int) -> list[Preview]:
+    """The first held-out sample of every kind, as colours of its latents."""
+    shown = []
+    for hq, lq in latents.held_out():
+        basis = colour_basis(hq)
+        pictures = [colour(x[0], basis) for x in (lq, restore_latents(module, lq[:1], steps), hq)]
+        shown.append(Preview(f"{len(pictures[0])}x{hq.shape[3]}x{hq.shape[4]}", *pictures))
+    return shown
+
+
+def restore_latents(module: Restorer, lq: Tensor, steps: int) -> Tensor:
+    """Degraded latents b 16 t h w, restored from noise that is theirs for good; on the CPU."""
+    noise = torch.stack([frame_noise(i, 0, *lq.shape[2:3], 16, *lq.shape[3:]) for i in range(len(lq))])
+    noise, lq = noise.to(module.device), lq.to(module.device)
+    return sample(lambda x, u: module.velocity(x, lq, torch.full((len(x),), u, device=x.device)), noise, steps).cpu()
+
+
+def load_run(where: str | Path, config: DiTConfig) -> Restorer:
+    """The averaged weights of a run of this stage or of the next, a checkpoint file, or a published model by name.
+
+    Raises:
+        CheckpointError: there is none, or it is of other sizes than the config.
+    """
+    found = open_restorer(where)
+    # Windows have no weights, so a model may be given others than it was trained with.
+    if replace(found.dit.config, windows=config.windows) != config:
+        raise CheckpointError(
+            f"{where} holds a transformer of dim {found.dit.config.dim} and depth "
+            f"{found.dit.config.depth}, and the recipe is for dim {config.dim} and depth "
+            f"{config.depth}; choose a recipe with this model, or another start."
+        )
+    restorer = empty_restorer(config, len(found.prompt))
+    restorer.load_state_dict(found.state_dict(), assign=True)
     return restorer
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = parse_command("pretrain", RECIPES)
-    torch.set_num_threads(command.threads)
     config: Pretraining = command.config
-    stage = PretrainStage(config, Latents(command.data, config.run.seed))
-    loop.run(stage, config.run, config.optim, command.out)
+    if command.dry_run:
+        print(doctor.estimate(config, doctor.of_restorer(config)))
+        return
+    session = loop.open_session(command, config)
+    start = load_run(config.init, config.model) if config.init else None
+    stage = PretrainStage(config, Latents(command.data, config.run.seed), start)
+    loop.run(stage, config, {"g": config.optim}, command.out, session)
 
 
 if __name__ == "__main__":

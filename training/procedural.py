@@ -6,6 +6,8 @@ Their edges are sharper and their textures more regular than a photograph's, and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,36 +38,78 @@ def still(seed: int, index: int, size: int) -> np.ndarray:
     return np.asarray(picture.reduce(SUPERSAMPLE))
 
 
-def moving_view(picture: np.ndarray, draw: np.random.Generator, frames: int, size: int) -> np.ndarray:
-    """A camera pans, zooms and turns over a still: uint8 T x size x size x 3.
+@dataclass(frozen=True)
+class CameraMove:
+    """Where a camera looks in every frame: a point of a still, with a scale (still pixels in one of the view) and an
+    angle in radians; each T values in fp32."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: torch.Tensor
+    angle: torch.Tensor
+
+    @classmethod
+    def drawn(
+        cls, draw: np.random.Generator, frames: int, picture: tuple[int, int], view: tuple[int, int]
+    ) -> CameraMove:
+        """A pan, zoom and turn over a picture of H x W that stays inside it for a view of H x W."""
+        (H, W), (h, w) = picture, view
+        time = torch.arange(frames, dtype=torch.float32) - (frames - 1) / 2
+        scale = draw.uniform(1.25, min(2.0, min(H / h, W / w))) * (1 + draw.uniform(-0.01, 0.01) * time)
+        angle = draw.uniform(-0.15, 0.15) + draw.uniform(-0.02, 0.02) * time
+        speed = draw.uniform(-4, 4, 2)
+        room = np.maximum(0, np.array([W, H]) - np.array([w, h]) * float(scale.max())) / 2
+        centre = np.array([W, H]) / 2 + draw.uniform(-1, 1, 2) * room
+        x, y = (float(centre[i]) + float(speed[i]) * time for i in (0, 1))
+        return cls(x, y, scale, angle)
+
+    def flow(self, i: int, j: int, view: tuple[int, int]) -> torch.Tensor:
+        """Exact flow from frame i to frame j: 2 H W in pixels of the view, x before y."""
+        u, v = _places(view, 1)
+        x, y = self._on_still(i, u, v)
+        x, y = x - self.x[j], y - self.y[j]
+        cos, sin = self.angle[j].cos() / self.scale[j], self.angle[j].sin() / self.scale[j]
+        return torch.stack((cos * x + sin * y - u, cos * y - sin * x - v))
+
+    def _on_still(self, i: int, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.angle[i].cos() * self.scale[i], self.angle[i].sin() * self.scale[i]
+        return self.x[i] + cos * u - sin * v, self.y[i] + sin * u + cos * v
+
+
+def _places(view: tuple[int, int], fineness: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y of pixel centres from the middle of the view, H W each, `fineness` of them to a pixel along each axis."""
+    rows, columns = ((torch.arange(side * fineness) + 0.5) / fineness - side / 2 for side in view)
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
+    return u, v
+
+
+def moving_view(
+    picture: np.ndarray, draw: np.random.Generator, frames: int, size: int | tuple[int, int]
+) -> np.ndarray:
+    """A camera pans, zooms and turns over a still: uint8 T x H x W x 3.
 
     Args:
-        picture: uint8 H W 3, both sides at least 1.5 x size.
+        picture: uint8 H W 3, both sides at least 1.5 times those of the view.
         draw: where the motion comes from.
         frames: length in frames.
-        size: side of the view in pixels.
+        size: side of the view in pixels, or its height and width.
     """
-    H, W, _ = picture.shape
-    time = torch.arange(frames, dtype=torch.float32) - (frames - 1) / 2
-    scale = draw.uniform(1.25, min(2.0, min(H, W) / size)) * (1 + draw.uniform(-0.01, 0.01) * time)
-    angle = draw.uniform(-0.15, 0.15) + draw.uniform(-0.02, 0.02) * time
-    speed = draw.uniform(-4, 4, 2)
-    room = np.maximum(0, np.array([W, H]) - size * float(scale.max())) / 2
-    centre = np.array([W, H]) / 2 + draw.uniform(-1, 1, 2) * room
-    x, y = (float(centre[i]) + float(speed[i]) * time for i in (0, 1))
+    view = (size, size) if isinstance(size, int) else size
+    return follow(picture, CameraMove.drawn(draw, frames, picture.shape[:2], view), view)
 
+
+def follow(picture: np.ndarray, move: CameraMove, view: tuple[int, int]) -> np.ndarray:
+    """What the camera sees: uint8 T x H x W x 3."""
+    H, W, _ = picture.shape
+    x, y, scale, angle = (values[:, None, None] for values in (move.x, move.y, move.scale, move.angle))
     # Sampling at twice the resolution and averaging keeps a view that is smaller than its source free of aliasing.
-    fine = size * SUPERSAMPLE
-    line = (torch.arange(fine) + 0.5) / SUPERSAMPLE - size / 2
-    v, u = torch.meshgrid(line, line, indexing="ij")
-    cos, sin = (angle.cos() * scale)[:, None, None], (angle.sin() * scale)[:, None, None]
-    grid = torch.stack(
-        ((x[:, None, None] + cos * u - sin * v) * 2 / W - 1, (y[:, None, None] + sin * u + cos * v) * 2 / H - 1), dim=-1
-    )
-    source = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1).expand(frames, -1, -1, -1)
-    view = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    view = F.avg_pool2d(view, SUPERSAMPLE).add_(0.5).clamp_(0, 255)
-    return view.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    u, v = _places(view, SUPERSAMPLE)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    grid = torch.stack(((x + cos * u - sin * v) * 2 / W - 1, (y + sin * u + cos * v) * 2 / H - 1), dim=-1)
+    source = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1).expand(len(x), -1, -1, -1)
+    seen = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    seen = F.avg_pool2d(seen, SUPERSAMPLE).add_(0.5).clamp_(0, 255)
+    return seen.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _radii(draw: np.random.Generator, side: int) -> np.ndarray:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from seedvr2_core.diffusion.conditioning import with_mask
 from seedvr2_core.models.dit import DiT, DiTConfig
 
+from .parallel import Arranged
+
 # Tokens of the learned prompt of a model that has no text encoder behind it.
 PROMPT_TOKENS = 8
 
 
-class Restorer(nn.Module):
+class Restorer(Arranged):
     """A transformer and its learned prompt; the null prompt is zeros."""
 
     def __init__(self, config: DiTConfig):
@@ -24,8 +26,12 @@ class Restorer(nn.Module):
         self.prompt = nn.Parameter(torch.randn(PROMPT_TOKENS, config.text_dim))
         initialise(self.dit)
 
+    @property
+    def device(self) -> torch.device:
+        return self.prompt.device
+
     def velocity(self, x: Tensor, condition: Tensor, u: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Velocity b 16 t h w.
+        """Velocity b 16 t h w, in the type of x whatever the model computes in.
 
         Args:
             x: noisy latent b 16 t h w.
@@ -36,7 +42,8 @@ class Restorer(nn.Module):
         prompts = [self.prompt] * len(x)
         if dropped is not None:
             prompts = [prompt * (not drop) for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        return torch.stack(self.dit(torch.cat([x, with_mask(condition)], dim=1), prompts, u))
+        latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
+        return torch.stack(self.dit(latents, prompts, u, blocks=self.layers.of(self.dit))).to(x.dtype)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from seedvr2_core.pipeline import Models, Settings, load_models, restore
 from seedvr2_core.video.geometry import Target, crop, pad_to_multiple, to_clip, to_frames
 
 from .degradation import upsample
-from .evaluate import EvalItem, eval_items, means, measure, psnr
+from .evaluate import EvalItem, eval_items
+from .metrics import means, measure, psnr
 
 # Share of the difference to bicubic by which a metric has to fall, and the fidelity that may be lost for it, in dB.
 REQUIRED_DROP, ALLOWED_LOSS = 0.25, 1.5

@@ -8,8 +8,7 @@ Source: SeedVR, arXiv 2501.01320, section 3; loss terms as there, weights and cu
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,23 +17,27 @@ from torch import Tensor, nn
 
 from seedvr2_core.models.vae import VAEConfig, VideoVAE, posterior
 
-from . import loop, losses, state
-from .config import OptimConfig, RunConfig, parse_command
+from . import doctor, loop, losses, state
+from .config import OptimConfig, RunConfig, parse_command, setting
 from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
+from .guards import GuardConfig
 from .linear_start import start_linear
+from .previews import Preview
 from .randomness import torch_rng
 
 # Small enough for a CPU and for the repository; the same code as the published autoencoder.
 NANO_VAE = VAEConfig(widths=(16, 32, 64, 96), blocks=1, groups=4, scale=1.0)
+# Held-out crops shown while training.
+PREVIEWS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
     """One kind of batch: `batch` crops of `frames` x `size` x `size` pixels."""
 
-    batch: int
-    size: int
-    frames: int = 1
+    batch: int = setting(about="crops of a micro-batch", least=1)
+    size: int = setting(about="side in pixels, a multiple of 16", least=16)
+    frames: int = setting(1, "4n+1", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,13 @@ class VAETraining:
     model: VAEConfig
     run: RunConfig
     optim: OptimConfig
-    crops: tuple[Crops, ...]  # taken in turn, one kind a step
-    init: Path | None = None  # run directory whose averaged weights to start from; None: a linear codec
-    # Train the decoder alone: the encoder defines what every transformer was trained on.
-    freeze_encoder: bool = False
-    w_kl: float = 1e-6
-    w_spectral: float = 0.01
+    crops: tuple[Crops, ...] = setting(about="taken in turn, one kind a step", frozen=True)
+    guard: GuardConfig = GuardConfig()
+    init: Path | None = setting(None, "run directory whose averaged weights to start from; none: a linear codec")
+    # The encoder defines what every transformer was trained on.
+    freeze_encoder: bool = setting(False, "train the decoder alone")
+    w_kl: float = setting(1e-6, "weight of the KL divergence", least=0)
+    w_spectral: float = setting(0.01, "weight of the spectral loss", least=0)
 
 
 NANO = VAETraining(
@@ -75,37 +79,65 @@ RECIPES = {
 class VAEStage:
     """Reconstruct: L1 + spectral + KL."""
 
+    averaged = "g"
+
     def __init__(self, config: VAETraining, data: Dataset, held_out: Sequence[Tensor]):
         self.config, self.data, self.held_out = config, data, held_out
         torch.manual_seed(config.run.seed)
         if config.init:
-            self.module = load_run(config.init, config.model).train()
+            vae = load_run(config.init, config.model).train()
         else:
-            self.module = VideoVAE(config.model)
-            start_linear(self.module, data.sample_batch(0, batch=256, size=128).squeeze(2))
-        self.module.encoder.requires_grad_(not config.freeze_encoder)
+            vae = VideoVAE(config.model)
+            start_linear(vae, data.sample_batch(0, batch=256, size=128).squeeze(2))
+        vae.encoder.requires_grad_(not config.freeze_encoder)
+        self.modules: Mapping[str, VideoVAE] = {"g": vae}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        config = self.config
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+        config, vae = self.config, self.modules[name]
         crops = config.crops[step % len(config.crops)]
         kind = "image" if crops.frames == 1 else "clip"
-        clip = self.data.sample_batch(step, kind=kind, batch=crops.batch, size=crops.size, frames=crops.frames)
-        mean, std = posterior(self.module.encode(clip, None))
-        noise = torch.randn(mean.shape, generator=torch_rng(config.run.seed, "posterior", step))
-        restored = self.module.decode(mean + std * noise, None)
+        place = step * config.run.micro_batches + micro
+        clip = self.data.sample_batch(place, kind=kind, batch=crops.batch, size=crops.size, frames=crops.frames)
+        clip = clip.to(next(vae.parameters()).device)
+        mean, std = posterior(vae.encode(clip, None))
+        noise = torch.randn(mean.shape, generator=torch_rng(config.run.seed, "posterior", step, micro))
+        restored = vae.decode(mean + std * noise.to(mean.device), None)
         l1 = (restored - clip).abs().mean()
         spectral = losses.spectral(restored, clip)
         kl = losses.kl(mean, std)
-        scalars = {"l1": l1.item(), "spectral": spectral.item(), "kl": kl.item(), "frames": crops.frames}
-        return l1 + config.w_spectral * spectral + config.w_kl * kl, scalars
+        loss = l1 + config.w_spectral * spectral + config.w_kl * kl
+        (scale * loss).backward()
+        return {
+            "loss": loss.item(),
+            "l1": l1.item(),
+            "spectral": spectral.item(),
+            "kl": kl.item(),
+            "std": std.mean().item(),
+            "frames": crops.frames,
+            "samples": crops.batch,
+        }
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         errors = {"image": [], "clip": []}
         for clip in self.held_out:
-            restored = module.decode(posterior(module.encode(clip))[0]).clamp(-1, 1)
+            restored = reconstruct(module, clip)
             mse = (restored - clip).square().mean() / 4
             errors["image" if clip.shape[2] == 1 else "clip"].append(-10 * torch.log10(mse).item())
         return {f"psnr_{kind}": sum(values) / len(values) for kind, values in errors.items() if values}
+
+    def preview(self, module: nn.Module) -> list[Preview]:
+        """The first pictures and clips; nothing is degraded here, so the given ones are the wanted ones."""
+        shown = []
+        for index, clip in enumerate(self.held_out[:PREVIEWS]):
+            given, restored = (x[0].transpose(0, 1) / 2 + 0.5 for x in (clip, reconstruct(module, clip)))
+            shown.append(Preview(f"{index:02d}", given, restored, given))
+        return shown
+
+
+def reconstruct(vae: VideoVAE, clip: Tensor) -> Tensor:
+    """A clip b 3 T H W in -1..1 through the autoencoder and back, without posterior noise; on the CPU."""
+    mean, _ = posterior(vae.encode(clip.to(next(vae.parameters()).device)))
+    return vae.decode(mean).clamp(-1, 1).cpu()
 
 
 def load_run(directory: Path, config: VAEConfig) -> VideoVAE:
@@ -128,13 +160,14 @@ def held_out_crops(root: Path, size: int = 256, frames: int = 9) -> list[Tensor]
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = parse_command("vae", RECIPES)
-    torch.set_num_threads(command.threads)
-    # Numbers below 1e-38 appear in dying channels and are a hundred times slower on a CPU.
-    torch.set_flush_denormal(True)
-    stage = VAEStage(command.config, Dataset.load(command.data), held_out_crops(command.data))
-    loop.run(stage, command.config.run, command.config.optim, command.out)
+    config: VAETraining = command.config
+    if command.dry_run:
+        print(doctor.estimate(config, doctor.of_autoencoder(config)))
+        return
+    session = loop.open_session(command, config)
+    stage = VAEStage(config, Dataset.load(command.data), held_out_crops(command.data))
+    loop.run(stage, config, {"g": config.optim}, command.out, session)
 
 
 if __name__ == "__main__":

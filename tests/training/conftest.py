@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from seedvr2_core.models.dit import DiTConfig
-from training.pretrain import HELD_OUT, NANO_DIT, Latents
+from training.pretrain import NANO_DIT
+from training.shards import HELD_OUT, Latents
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from seedvr2_core.errors import SettingError
-from training.config import OptimConfig, RunConfig, override, parse_command
+from seedvr2_core.models.dit import DiTConfig
+from training import apt, config, distill, pretrain, vae
+from training.config import OptimConfig, RunConfig, check, load_config, override, parse_command, setting
 
 FOLDERS = ["--out", "run", "--data", "files"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    size: int
+    frames: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +30,21 @@ class Recipe:
     teacher: Path = Path("runs/pretrain")
     widths: tuple[int, ...] = (16, 32)
     flip: bool = True
+    crops: tuple[Crops, ...] = (Crops(size=64), Crops(size=32, frames=5))
+    share: float = setting(0.5, "of the samples", source="S2", least=0, most=1, frozen=True)
+    other: OptimConfig | None = None
+    model: DiTConfig = pretrain.NANO_DIT
 
 
 @pytest.fixture
 def recipe():
     return Recipe(run=RunConfig(steps=10), optim=OptimConfig(lr=1e-3, final_lr=1e-4))
+
+
+def yaml_file(folder, text, name="mine.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +59,9 @@ def recipe():
         ("teacher=elsewhere", lambda config: config.teacher, Path("elsewhere")),
         ("widths=8,16,32", lambda config: config.widths, (8, 16, 32)),
         ("flip=False", lambda config: config.flip, False),
+        ("crops.1.frames=9", lambda config: config.crops[1].frames, 9),
+        ("run.parallel.sp=2", lambda config: config.run.parallel.sp, 2),
+        ("run.max_hours=1.5", lambda config: config.run.max_hours, 1.5),
     ],
 )
 def test_a_field_takes_the_value_in_its_own_type(recipe, assignment, read, value):
@@ -72,7 +93,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(recipe, assignment, nea
 @pytest.mark.parametrize(
     "assignment",
     ["run.steps=many", "run.steps=2.5", "optim.lr=fast", "optim.lr=none", "optim.betas=0.9", "optim.betas=0.9,0.99,1",
-     "kind=movie", "widths=8,x", "flip=perhaps", "optim=3", "run.steps="],
+     "kind=movie", "widths=8,x", "flip=perhaps", "optim=3", "run.steps=",
+     "run.max_hours=soon", "crops=3"],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_by_name(recipe, assignment):
     key, _, value = assignment.partition("=")
@@ -102,3 +124,134 @@ def test_a_wrong_command_line_exits_with_one_sentence(recipe, words, capsys):
         parse_command("stage", {"tiny": recipe}, [*FOLDERS, *words.split()])
     assert left.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_file_names_a_recipe_and_lists_what_differs(recipe, tmp_path):
+    path = yaml_file(
+        tmp_path,
+        """
+base: tiny
+optim: {lr: 2e-4, betas: [0, 0.99]}
+crops: [{size: 128}]
+teacher: elsewhere
+other: {lr: 1, final_lr: 0.5}
+model: {windows: {splits: [2, 3, 3]}}
+""",
+    )
+    changed = load_config(path, {"tiny": recipe})
+    # Written without a dot, a number is text to YAML; whole numbers are not floats to Adam.
+    assert (changed.optim.lr, changed.optim.betas) == (2e-4, (0.0, 0.99))
+    assert type(changed.optim.betas[0]) is float
+    assert (changed.crops, changed.teacher) == ((Crops(size=128),), Path("elsewhere"))
+    assert changed.other == OptimConfig(lr=1.0, final_lr=0.5)
+    assert changed.model == replace(recipe.model, windows=replace(recipe.model.windows, splits=(2, 3, 3)))
+    assert changed.run == recipe.run
+
+
+def test_a_file_may_build_on_a_file_and_the_command_line_has_the_last_word(recipe, tmp_path):
+    yaml_file(tmp_path, "base: tiny\nrun: {steps: 20, seed: 4}", "first.yaml")
+    second = yaml_file(tmp_path, "base: first.yaml\nrun: {steps: 30}")
+    command = parse_command("stage", {"tiny": recipe}, [*FOLDERS, "--config", second, "run.ema=0.5"])
+    run = command.config.run
+    assert (run.seed, run.steps, run.ema) == (4, 30, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run: {steps: 3}", "names no recipe"),
+        ("base: tinny\n", "tinny"),
+        ("base: mine.yaml", "its own base"),
+        ("base: [tiny", "cannot be read as YAML"),
+        ("base: tiny\noptim: {warmpu: 3}", "'optim.warmpu' is not a setting.*Did you mean 'warmup'"),
+        ("base: tiny\ncrops: [{sise: 3}]", "'crops.0.sise' is not a setting.*Did you mean 'size'"),
+        ("base: tiny\ncrops: [{frames: 5}]", "'crops.0' lacks size"),
+        ("base: tiny\nrun: {steps: 2.5}", "'run.steps' takes int, got '2.5'"),
+        ("base: tiny\nrun: {steps: true}", "'run.steps' takes int, got 'True'"),
+        ("base: tiny\nflip: 1", "'flip' takes bool, got '1'"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_words(recipe, tmp_path, text, words):
+    with pytest.raises(SettingError, match=words):
+        load_config(yaml_file(tmp_path, text), {"tiny": recipe})
+
+
+def test_a_recipe_that_does_not_exist_is_refused_with_the_nearest(recipe):
+    with pytest.raises(SettingError, match=r"no recipe 'tinny'.*Did you mean 'tiny'"):
+        load_config("tinny", {"tiny": recipe})
+
+
+@pytest.mark.parametrize(
+    "assignment", ["share=1.5", "run.steps=0", "optim.betas=0.9,1.1", "run.parallel.sp=0", "optim.lr=-1"]
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_built(recipe, assignment):
+    key = assignment.partition("=")[0]
+    with pytest.raises(SettingError, match=f"'{key}' is .*; it lies between"):
+        check(override(recipe, [assignment]))
+
+
+def test_a_saved_config_says_what_has_changed_and_its_hash_whether(recipe, tmp_path):
+    (tmp_path / config.CONFIG_FILE).write_text(config.to_yaml(recipe))
+    saved = config.load_saved(tmp_path)
+    assert config.differences(saved, recipe) == {}
+    changed = override(recipe, ["optim.lr=1", "crops.1.frames=9", "teacher=x"])
+    assert config.differences(saved, changed) == {
+        "optim.lr": (1e-3, 1.0), "crops.1.frames": (5, 9), "teacher": ("runs/pretrain", "x"),
+    }  # fmt: skip
+    assert config.config_hash(recipe) == config.config_hash(replace(recipe)) != config.config_hash(changed)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "frozen"),
+    [
+        ("run.seed=1", True),
+        ("share=0.1", True),
+        ("model.depth=3", True),
+        ("optim.lr=1", False),
+        ("run.steps=99", False),
+    ],
+)
+def test_model_seed_and_data_are_kept_when_a_run_is_resumed(recipe, assignment, frozen):
+    changed = override(recipe, [assignment])
+    changes = config.differences(config.plain(recipe), changed)
+    if not frozen:
+        return config.refuse_frozen(changes, changed)
+    with pytest.raises(SettingError, match=assignment.partition("=")[0]):
+        config.refuse_frozen(changes, changed)
+
+
+def test_help_lists_every_setting_with_its_value_meaning_and_source(recipe, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_command("stage", {"tiny": recipe}, ["--help"])
+    assert left.value.code == 0
+    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
+    assert "1000.0" not in lines["optim.lr"] and "0.001" in lines["optim.lr"]
+    assert "of the samples" in lines["share"] and "[S2]" in lines["share"]
+    assert {"run.parallel.sp", "crops.1.frames", "model.windows.max_t", "run.max_hours"} <= lines.keys()
+
+
+def test_options_stand_anywhere_among_the_overrides(recipe):
+    argv = [
+        "--config",
+        "tiny",
+        "run.steps=3",
+        *FOLDERS,
+        "--steps",
+        "2",
+        "run.seed=1",
+        "--resume",
+        "none",
+        "--device",
+        "cpu",
+    ]
+    command = parse_command("stage", {"tiny": recipe}, argv)
+    assert (command.most_steps, command.resume, command.device) == (2, "none", "cpu")
+    assert (command.config.run.steps, command.config.run.seed) == (3, 1)
+
+
+@pytest.mark.parametrize("stage", [vae, pretrain, distill, apt], ids=lambda stage: stage.__name__)
+def test_every_recipe_of_every_stage_is_in_range_and_survives_its_file(stage, tmp_path):
+    for name, recipe in stage.RECIPES.items():
+        check(recipe)
+        path = yaml_file(tmp_path, f"base: {name}\n" + config.to_yaml(recipe))
+        assert load_config(path, stage.RECIPES) == recipe

@@ -17,10 +17,10 @@ from training.data import (
     IMAGE_SUFFIXES,
     DataConfig,
     Dataset,
-    PairJob,
+    Loader,
     decode,
     list_media,
-    write_pairs,
+    list_sources,
 )
 from training.degradation import MIXTURES
 from training.procedural import moving_view, still
@@ -158,13 +158,94 @@ def test_a_pair_is_a_crop_and_its_degraded_self(dataset):
     assert 1 < difference < 80
 
 
-def test_written_pairs_do_not_depend_on_the_number_of_workers(root, dataset, tmp_path):
-    job = PairJob(root=root, cache_dir=tmp_path / "cache", count=5, size=32, data=TINY)
-    one = np.load(write_pairs(tmp_path / "one.npy", job, workers=1))
-    two = np.load(write_pairs(tmp_path / "two.npy", job, workers=2))
-    assert one.shape == (5, 2, 3, 1, 32, 32)
-    np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(one[3], dataset.pair(3, MIXTURES["nano_mixed"], size=32).numpy())
+def test_a_sample_has_as_many_variants_as_asked_for_and_says_how_they_came_about(dataset):
+    sample = dataset.sample(6, MIXTURES["mixed"], size=(48, 64), variants=2)
+    assert sample.clean.shape == (3, 1, 48, 64)
+    assert [degraded.shape for degraded in sample.degraded] == [sample.clean.shape] * 2
+    assert not torch.equal(*sample.degraded)
+    assert json.loads(json.dumps(sample.about)) == sample.about
+    assert len(sample.about["degradations"]) == 2 and sample.about["source"]
+    assert torch.equal(sample.degraded[0], dataset.pair(6, MIXTURES["mixed"], size=(48, 64))[1])
+
+
+def test_a_crop_may_have_any_shape(dataset):
+    assert dataset.crop(0, size=(32, 80)).shape == (3, 1, 32, 80)
+    assert dataset.crop(0, kind="clip", size=(40, 24), frames=5).shape == (3, 5, 40, 24)
+
+
+def test_frames_before_a_crop_lead_up_to_it_and_are_dropped(root):
+    only_clips = Dataset.load(root, DataConfig(stills=0, real=1.0, moving_photo=0.0))
+    leads = []
+    for index in range(12):
+        sample = only_clips.sample(index, MIXTURES["nano"], kind="clip", size=32, frames=1)
+        leads.append(sample.about["degradations"][0]["lead"])
+        assert leads[-1] == sample.about["start"]
+        assert sample.degraded[0].shape == sample.clean.shape == (3, 1, 32, 32)
+    assert len(set(leads)) > 2
+
+
+def two_shots() -> np.ndarray:
+    red, blue = (np.full((6, 48, 48, 3), colour, np.uint8) for colour in ((200, 40, 20), (20, 40, 200)))
+    return np.concatenate([red, blue])
+
+
+def test_a_clip_is_split_where_it_cuts_to_another_shot(tmp_path):
+    (tmp_path / "clips/film").mkdir(parents=True)
+    for number, frame in enumerate(two_shots()):
+        Image.fromarray(frame).save(tmp_path / f"clips/film/{number:03d}.png")
+    dataset = Dataset.load(tmp_path, DataConfig(stills=0, real=1.0, moving_photo=0.0))
+    assert [len(shot) for shot in dataset.clips] == [6, 6]
+    for slot in range(8):
+        crop = dataset.crop(0, slot, kind="clip", size=16, frames=5).float()
+        assert crop.std(dim=1).max() < 1
+
+
+def test_clips_that_are_not_kept_give_the_same_crops(tmp_path):
+    (tmp_path / "clips/film").mkdir(parents=True)
+    for number, frame in enumerate(two_shots()):
+        Image.fromarray(frame + np.uint8(number)).save(tmp_path / f"clips/film/{number:03d}.png")
+    config = DataConfig(stills=0, real=1.0, moving_photo=0.0)
+    kept, lazy = (Dataset.load(tmp_path, DataConfig(**{**vars(config), "keep_clips": keep})) for keep in (True, False))
+    for slot in range(3):
+        crops = [data.crop(0, slot, kind="clip", size=16, frames=5) for data in (kept, lazy)]
+        assert torch.equal(*crops)
+
+
+def test_a_folder_of_ones_own_needs_no_layout(tmp_path):
+    (tmp_path / "holiday/raw").mkdir(parents=True)
+    (tmp_path / "holiday/0001").mkdir()
+    (tmp_path / "eval").mkdir()
+    for name in ("holiday/beach", "holiday/raw/img_1234", "holiday/raw/img_1235", "eval/kept_out"):
+        Image.fromarray(still(0, 0, 32)).save(tmp_path / f"{name}.png")
+    for number in range(3):
+        Image.fromarray(still(0, 0, 32)).save(tmp_path / f"holiday/0001/{number:05d}.png")
+    write_clip(tmp_path / "holiday/walk.mp4")
+    images, clips = list_sources(tmp_path)
+    assert [path.stem for path in images] == ["beach", "img_1234", "img_1235"]
+    assert [path.name for path in clips] == ["walk.mp4", "0001"]
+
+
+def test_an_unreadable_file_is_left_out_named_and_counted(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.fromarray(still(0, number, 64)).save(tmp_path / f"images/photo{number}.png")
+    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+    dataset = Dataset.load(tmp_path, TINY)
+    assert len(dataset.images) == 3 and not dataset.clips
+    assert [path.name for path in dataset.unreadable] == ["broken.mp4"]
+    assert "broken.mp4" in caplog.text
+    (tmp_path / "images/photo0.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match="2 of 4 files cannot be read"):
+        Dataset.load(tmp_path, TINY)
+
+
+def test_a_changed_file_is_decoded_anew_in_spite_of_the_cache(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(still(0, 0, 32)).save(photo)
+    (before,) = Loader(tmp_path / "cache").images([photo]).values()
+    Image.fromarray(still(0, 1, 40)).save(photo)
+    (after,) = Loader(tmp_path / "cache").images([photo]).values()
+    assert before.shape[1] == 32 and after.shape[1] == 40
 
 
 def test_a_crop_larger_than_every_source_is_refused(dataset):
@@ -187,8 +268,3 @@ def test_a_broken_file_is_named(tmp_path):
     broken.write_bytes(b"not a film")
     with pytest.raises(MediaError, match=r"broken\.mp4"):
         decode(broken)
-
-
-def test_an_unknown_degradation_is_refused(root, tmp_path):
-    with pytest.raises(SettingError, match="nano"):
-        write_pairs(tmp_path / "x.npy", PairJob(root=root, cache_dir=tmp_path, count=1, degradation="odd"))

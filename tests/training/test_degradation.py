@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.frame import PictureType
 
 from seedvr2_core.errors import SettingError
 from training.degradation import (
@@ -15,9 +18,11 @@ from training.degradation import (
     FULL,
     IDENTITY,
     KERNELS,
+    LIGHT,
     MIXTURES,
     NANO,
     PROFILES,
+    VARIED,
     Pass,
     Profile,
     Walk,
@@ -29,6 +34,7 @@ from training.degradation import (
     gaussian_kernel,
     luma,
     sinc_kernel,
+    unsharp_mask,
     upsample,
 )
 from training.procedural import still
@@ -84,6 +90,7 @@ def test_the_log_is_json_and_holds_every_pass():
         {"blur", "resize", "noise", "jpeg", "reduced_before_codec", "codec"}
     ] * 2
     assert set(log["final"]) == {"filter", "sinc"}
+    assert {"seed", "profile", "lead"} < set(log)
 
 
 def test_drawn_parameters_stay_inside_their_bounds_and_steps():
@@ -200,6 +207,62 @@ def test_most_images_skip_the_codec_and_clips_do_not():
     clips = [degrade(clip(2, 16, 16), seed, NANO)[1]["passes"][0]["codec"] for seed in range(5)]
     assert sum(codec is not None for codec in images) < 10
     assert all(codec is not None for codec in clips)
+
+
+def test_leading_frames_are_degraded_and_dropped():
+    frames = clip(6, 48, 48)
+    for seed in range(4):
+        degraded, log = degrade(frames, seed, NANO, lead=4)
+        assert degraded.shape == (2, 3, 12, 12) and log["lead"] == 4
+        assert len(log["passes"][0]["jpeg"]["quality"]) == 6
+        codec = log["passes"][0]["codec"]
+        assert codec is None or codec["mirrored_lead"] == 0
+    with pytest.raises(SettingError, match="at least one frame"):
+        degrade(frames, 0, NANO, lead=6)
+
+
+def test_without_leading_frames_mirrored_ones_take_their_place():
+    leads = {degrade(clip(5, 32, 32), seed, NANO)[1]["passes"][0]["codec"]["mirrored_lead"] for seed in range(12)}
+    assert max(leads) == 4 and len(leads) > 2
+
+
+def test_the_codec_predicts_between_frames_in_both_directions():
+    pictures = (clip(12, 64, 64) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    with av.open(io.BytesIO(encode_stream(pictures, "libx264", 4e4))) as container:
+        kinds = [PictureType(frame.pict_type).name for frame in container.decode(video=0)]
+    assert kinds.count("I") == 1 and "P" in kinds and "B" in kinds
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_codec_gives_the_same_bytes_every_time(codec):
+    frames = clip(4, 32, 48)
+    assert torch.equal(code(frames, codec, 2e4), code(frames, codec, 2e4))
+
+
+def test_the_varied_profile_uses_every_codec():
+    varied = replace(VARIED, passes=VARIED.passes[1:])
+    names = {degrade(clip(2, 16, 16), seed, varied)[1]["passes"][0]["codec"]["codec"] for seed in range(14)}
+    assert names == set(CODECS)
+
+
+def test_an_unsharp_mask_makes_edges_steeper_and_leaves_flat_areas():
+    step = torch.full((1, 3, 80, 80), 0.3)
+    step[..., 40:] = 0.7
+    sharpened = unsharp_mask(step)
+    assert sharpened[..., 39].mean() < 0.28 and sharpened[..., 40].mean() > 0.72
+    flat = torch.full((1, 3, 80, 80), 0.5)
+    torch.testing.assert_close(unsharp_mask(flat), flat, atol=1e-4, rtol=0)
+
+
+def test_sharpening_before_degrading_is_drawn_and_logged():
+    logs = [degrade(clip(1, 24, 24), seed, replace(NANO, unsharp=0.5))[1]["unsharp"] for seed in range(6)]
+    assert set(logs) == {True, False}
+    assert "unsharp" not in degrade(clip(1, 24, 24), 0, NANO)[1]
+
+
+def test_light_damage_is_within_the_bounds_that_keep_it_light():
+    (stage,) = LIGHT.passes
+    assert stage.gaussian.high <= 10 and stage.jpeg.low >= 60 and stage.scale.low >= 0.5
 
 
 def test_identity_is_a_plain_reduction_that_enlarges_to_the_size_asked_for():

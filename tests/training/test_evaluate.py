@@ -1,169 +1,208 @@
-"""The metrics: known values, zero for equal frames, and the right direction under noise and blur."""
+"""Evaluation: folders against folders, tables that say what they lack, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from seedvr2_core.errors import MediaError, SettingError
-from training.degradation import gaussian_kernel
+from training import evaluate, perceptual
 from training.evaluate import (
-    MS_SSIM_MIN_SIDE,
-    compare_folders,
+    BENCHMARKS,
+    GROUPS,
+    METRICS,
+    cut_border,
     eval_items,
-    gmsd,
-    lsd,
-    means,
-    measure,
-    ms_ssim,
-    psnr,
-    ssim,
-    swd,
-    temporal_profile,
+    find_sets,
+    main,
+    parse_metrics,
+    read,
+    recognise,
 )
+from training.perceptual import OPTIONAL, MetricMissing, write_lossless
 from training.procedural import still
 
 
-@pytest.fixture(scope="module")
-def photo():
-    return torch.from_numpy(still(1, 0, 176).copy()).permute(2, 0, 1)[None].float() / 255
+def put(folder, *names, size: int = 48, index: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(still(2, index, size)).save(folder / f"{name}.png")
 
 
-def blurred(frames, sigma):
-    kernel = gaussian_kernel("iso", 15, sigma, sigma).expand(3, 1, -1, -1)
-    return F.conv2d(F.pad(frames, (7,) * 4, mode="reflect"), kernel, groups=3)
+def put_clip(folder, name: str, frames: int = 3, level: int = 0) -> None:
+    (folder / name).mkdir(parents=True)
+    for number in range(frames):
+        picture = np.full((32, 40, 3), 20 * number + level, np.uint8)
+        Image.fromarray(picture).save(folder / name / f"{number:04d}.png")
 
 
-def noisy(frames, deviation):
-    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
-    return (frames + deviation * noise).clamp(0, 1)
+@pytest.fixture
+def folders(tmp_path):
+    for side in ("pred", "gt"):
+        put(tmp_path / side, "leaves", "stones")
+    return tmp_path / "pred", tmp_path / "gt"
 
 
-@pytest.mark.parametrize(("metric", "best"), [(ssim, 1), (ms_ssim, 1), (gmsd, 0), (lsd, 0), (swd, 0)])
-def test_equal_frames_score_perfectly(photo, metric, best):
-    assert metric(photo, photo) == pytest.approx(best, abs=1e-6)
+def test_folders_are_compared_by_name(folders):
+    pred, gt = folders
+    Image.fromarray(still(2, 1, 48)).save(pred / "stones.png")
+    results = evaluate.evaluate(pred, gt)
+    clips = results.sets["pred"]
+    assert clips["leaves"]["ssim"] == 1 and clips["stones"]["ssim"] < 0.9
+    assert clips["leaves"]["psnr"] == math.inf
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim, ms_ssim])
-@pytest.mark.parametrize("damage", [noisy, blurred])
-def test_similarity_falls_with_more_damage(photo, metric, damage):
-    mild, strong = (0.02, 0.1) if damage is noisy else (0.7, 2.0)
-    assert metric(damage(photo, mild), photo) > metric(damage(photo, strong), photo)
+def test_a_folder_of_pictures_is_a_clip(tmp_path):
+    put_clip(tmp_path / "pred", "walk", level=5)
+    put_clip(tmp_path / "gt", "walk")
+    values = evaluate.evaluate(tmp_path / "pred", tmp_path / "gt").sets["pred"]["walk"]
+    assert values["psnr"] == pytest.approx(20 * math.log10(255 / 5), abs=1e-3)
+    assert values["temporal_profile"] < 2
 
 
-@pytest.mark.parametrize("metric", [gmsd, lsd, swd])
-def test_distance_grows_with_blur(photo, metric):
-    values = [metric(blurred(photo, sigma), photo) for sigma in (0.5, 1.0, 2.0)]
-    assert 0 < values[0] < values[1] < values[2]
+@pytest.mark.parametrize("change", ["size", "length"])
+def test_mismatched_sizes_are_an_error_and_name_the_clip(tmp_path, change):
+    put_clip(tmp_path / "pred", "walk", frames=4 if change == "length" else 3)
+    put_clip(tmp_path / "gt", "walk")
+    if change == "size":
+        for picture in (tmp_path / "pred/walk").iterdir():
+            Image.open(picture).crop((0, 0, 38, 32)).save(picture)
+    with pytest.raises(SettingError, match="walk: restored is"):
+        evaluate.evaluate(tmp_path / "pred", tmp_path / "gt")
 
 
-def test_psnr_of_a_constant_offset_is_known():
-    gt = torch.full((2, 3, 8, 8), 100 / 255)
-    assert psnr(gt + 10 / 255, gt) == pytest.approx(20 * math.log10(255 / 10), abs=1e-4)
-    assert psnr(gt, gt) == math.inf
+def test_a_missing_or_extra_clip_is_named(folders):
+    pred, gt = folders
+    put(gt, "more")
+    with pytest.raises(MediaError, match="lacks more"):
+        find_sets(pred, gt)
+    (gt / "more.png").rename(pred / "other.png")
+    with pytest.raises(MediaError, match="has other beside"):
+        find_sets(pred, gt)
 
 
-def test_psnr_rounds_to_8_bits():
-    gt = torch.full((1, 3, 8, 8), 100 / 255)
-    assert psnr(gt + 0.4 / 255, gt) == math.inf
+def test_the_border_is_left_out(folders):
+    pred, gt = folders
+    picture = still(2, 0, 48).copy()
+    picture[:4] = 0
+    for name in ("leaves", "stones"):
+        Image.fromarray(picture).save(pred / f"{name}.png")
+    assert evaluate.evaluate(pred, gt, ["psnr"]).sets["pred"]["leaves"]["psnr"] < 30
+    assert evaluate.evaluate(pred, gt, ["psnr"], border=4).sets["pred"]["leaves"]["psnr"] == math.inf
+    with pytest.raises(SettingError, match="does not fit"):
+        cut_border(read(pred / "leaves.png"), 24)
 
 
-def test_psnr_is_a_mean_over_frames():
-    gt = torch.zeros(2, 3, 8, 8)
-    pred = torch.stack((gt[0] + 1 / 255, gt[1] + 10 / 255))
-    assert psnr(pred, gt) == pytest.approx((20 * math.log10(255) + 20 * math.log10(25.5)) / 2, abs=1e-4)
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_benchmarks_are_recognised_by_their_folders(tmp_path, benchmark):
+    for name in (benchmark.name, benchmark.name.lower(), f"{benchmark.name}_x4"):
+        assert recognise(tmp_path / name) == benchmark
+        assert recognise(tmp_path / name / "results") == benchmark
+    assert recognise(tmp_path / "holiday") is None
 
 
-def test_ssim_of_flat_pictures_is_the_luminance_term():
-    a, b = 50.0, 90.0
-    c1 = (0.01 * 255) ** 2
-    expected = (2 * a * b + c1) / (a**2 + b**2 + c1)
-    frames = [torch.full((1, 3, 24, 24), level / 255) for level in (a, b)]
-    assert ssim(*frames) == pytest.approx(expected, abs=1e-4)
+def test_several_benchmarks_are_measured_at_once_each_with_its_originals(tmp_path):
+    put(tmp_path / "pred/UDM10", "a", "b")
+    put(tmp_path / "gt/udm10/GT", "a", "b")
+    put(tmp_path / "gt/udm10/LQ", "a", "b", size=12)
+    put(tmp_path / "pred/VideoLQ", "c")
+    results = evaluate.evaluate(tmp_path / "pred", tmp_path / "gt", ["psnr"])
+    assert set(results.sets["UDM10"]) == {"a", "b"}
+    assert results.sets["VideoLQ"] == {"c": {}}
+    assert results.remarks == ["UDM10: 2 of 10 clips", "VideoLQ: 1 of 50 clips"]
 
 
-def test_ssim_of_an_inverted_picture_is_negative():
-    stripes = (torch.arange(32) % 2).float().expand(1, 3, 32, 32) * 0.5 + 0.25
-    assert ssim(1 - stripes, stripes) < -0.9
+def test_without_originals_only_metrics_that_need_none_can_run(folders):
+    with pytest.raises(SettingError, match="without originals"):
+        evaluate.evaluate(folders[0], None)
 
 
-def test_ssim_agrees_with_its_definition_at_one_window():
-    pred, gt = (torch.rand(1, 3, 11, 11).mul(255).round() for _ in range(2))
-    line = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
-    window = torch.outer(line, line) / line.sum() ** 2
-    values = []
-    for p, g in zip(pred[0].double(), gt[0].double(), strict=True):
-        mp, mg = (window * p).sum(), (window * g).sum()
-        vp, vg = (window * (p - mp) ** 2).sum(), (window * (g - mg) ** 2).sum()
-        cov = (window * (p - mp) * (g - mg)).sum()
-        c1, c2 = 2.55**2, 7.65**2
-        values.append((2 * mp * mg + c1) * (2 * cov + c2) / ((mp**2 + mg**2 + c1) * (vp + vg + c2)))
-    assert ssim(pred / 255, gt / 255) == pytest.approx(float(sum(values) / 3), abs=1e-5)
+def test_metrics_are_chosen_by_name_and_in_groups():
+    assert parse_metrics("lpips, SSIM,psnr") == ("psnr", "ssim", "lpips")
+    assert parse_metrics("all") == tuple(METRICS)
+    assert parse_metrics("panel,clip-iqa") == (*GROUPS["panel"], "clip_iqa")
+    with pytest.raises(SettingError, match="no metric 'pnsr'"):
+        parse_metrics("pnsr")
 
 
-def test_lsd_and_swd_prefer_misplaced_texture_to_none():
-    texture = noisy(torch.full((1, 3, 96, 96), 0.5), 0.1)
-    misplaced = texture.roll((5, 9), dims=(2, 3))
-    flat = blurred(texture, 2.0)
-    assert psnr(misplaced, texture) < psnr(flat, texture)
-    assert lsd(misplaced, texture) < 0.2 * lsd(flat, texture)
-    assert swd(misplaced, texture) < 0.2 * swd(flat, texture)
+@pytest.mark.parametrize("metric", OPTIONAL, ids=lambda metric: metric.name)
+def test_an_optional_metric_that_is_missing_says_what_it_needs(metric, monkeypatch):
+    def missing(name, package=None):
+        raise MetricMissing(f"it needs the library {package or name}")
+
+    monkeypatch.setattr(perceptual, "library", missing)
+    monkeypatch.setattr(perceptual.shutil, "which", lambda name: None)
+    monkeypatch.delenv(perceptual.DOVER_VARIABLE, raising=False)
+    with pytest.raises(MetricMissing, match="it needs"):
+        metric.open(torch.device("cpu"))
 
 
-def test_swd_ignores_a_change_of_brightness():
-    gt = noisy(torch.full((1, 3, 64, 64), 0.4), 0.05)
-    assert swd(gt + 20 / 255, gt) < 0.05
+def test_a_library_that_is_not_installed_is_named():
+    with pytest.raises(MetricMissing, match="pip install no_such_library"):
+        perceptual.library("no_such_library")
 
 
-def test_lsd_of_flat_pictures_is_zero():
-    assert lsd(torch.full((1, 3, 32, 32), 0.2), torch.full((1, 3, 32, 32), 0.7)) == pytest.approx(0, abs=1e-3)
+def test_weights_that_cannot_be_had_are_named(monkeypatch):
+    def create_metric(name, device):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(perceptual, "library", lambda *names: types.SimpleNamespace(create_metric=create_metric))
+    with pytest.raises(MetricMissing, match="no route to host"):
+        METRICS["musiq"].open(torch.device("cpu"))
 
 
-def test_lsd_of_halved_contrast_is_six_decibels():
-    # Strong enough that rounding to 8 bits adds nothing.
-    texture = (torch.rand(1, 3, 96, 96) - 0.5) * 0.9
-    assert lsd(0.5 + texture / 2, 0.5 + texture) == pytest.approx(20 * math.log10(2), abs=0.1)
+def test_what_is_missing_is_in_every_table_and_what_is_there_is_measured(folders, tmp_path, monkeypatch, capsys):
+    def missing(name, package=None):
+        raise MetricMissing(f"it needs the library {package or name}; pip install {package or name}")
+
+    monkeypatch.setattr(perceptual, "library", missing)
+    command = ["--pred", str(folders[0]), "--gt", str(folders[1]), "--out", str(tmp_path / "out/table")]
+    # Asked for by name: measured without it, but not as if nothing were amiss.
+    assert main([*command, "--metrics", "psnr,ssim,lpips"]) == 1
+    written = json.loads((tmp_path / "out/table.json").read_text())
+    assert list(written["not_measured"]) == ["lpips"] and "pip install" in written["not_measured"]["lpips"]
+    assert written["sets"]["pred"]["mean"] == {"psnr": "inf", "ssim": 1.0}
+    assert written["options"]["metrics"] == ["psnr", "ssim", "lpips"] and "torch" in written["versions"]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| pred | 2 | inf | 1.000 |" in table and "- not measured: lpips, it needs" in table
+    assert table.strip() in capsys.readouterr().out
+    assert main([*command, "--metrics", "panel"]) == 0
 
 
-def test_the_temporal_profile_sees_flicker_and_not_a_constant_error(photo):
-    gt = photo.repeat(4, 1, 1, 1) * 0.8
-    flicker = gt + torch.tensor([0.0, 0.05, 0.0, 0.05])[:, None, None, None]
-    assert temporal_profile(gt, gt) == 0
-    assert temporal_profile(blurred(gt, 2.0), gt) == 0
-    assert temporal_profile(flicker, gt) > 2
+def test_a_networks_version_and_weights_are_recorded(folders, monkeypatch):
+    class Distance(torch.nn.Linear):
+        def __init__(self, **options):
+            super().__init__(1, 1)
+            torch.nn.init.ones_(self.weight)
+
+        def forward(self, pred, gt):
+            assert pred.max() <= 1 and pred.shape == gt.shape
+            return (pred - gt).abs().mean()
+
+    fake = types.SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Distance)
+    monkeypatch.setattr(perceptual, "library", lambda *names: fake)
+    pred, gt = folders
+    for folder in folders:
+        put(folder, "leaves", "stones", size=64)
+    results = evaluate.evaluate(pred, gt, ["lpips"])
+    assert results.sets["pred"]["leaves"] == {"lpips": 0.0}
+    assert len(results.versions["lpips"]["weights"]) == 16
 
 
-def test_a_clip_is_measured_by_the_mean_of_its_frames(photo):
-    gt = photo.repeat(2, 1, 1, 1)
-    pred = torch.cat((noisy(photo, 0.02), blurred(photo, 1.0)))
-    for metric in (psnr, ssim, ms_ssim, gmsd, lsd, swd):
-        parts = [metric(pred[i : i + 1], gt[i : i + 1]) for i in range(2)]
-        assert metric(pred, gt) == pytest.approx(sum(parts) / 2, rel=1e-4)
+def test_a_lossless_file_holds_the_frames_exactly(tmp_path):
+    frames = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
+    assert torch.equal(read(write_lossless(tmp_path / "clip.mkv", frames)), frames)
 
 
-def test_measure_leaves_out_what_does_not_fit(photo):
-    small = photo[..., :64, :64]
-    assert set(measure(small, small)) == {"psnr", "ssim", "gmsd", "lsd", "swd"}
-    assert set(measure(photo.repeat(2, 1, 1, 1), photo.repeat(2, 1, 1, 1))) >= {"ms_ssim", "temporal_profile"}
-
-
-def test_means_are_over_the_items_that_have_a_metric():
-    assert means({"a": {"psnr": 20.0}, "b": {"psnr": 30.0, "ms_ssim": 0.5}}) == {"psnr": 25.0, "ms_ssim": 0.5}
-
-
-def test_frames_of_different_size_are_refused(photo):
-    with pytest.raises(SettingError, match="equal shape"):
-        psnr(photo[..., 1:], photo)
-
-
-def test_a_picture_too_small_for_a_metric_is_refused():
-    with pytest.raises(SettingError, match=str(MS_SSIM_MIN_SIDE)):
-        ms_ssim(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
+def test_a_refusal_is_one_sentence_and_exit_code_1(tmp_path, capsys):
+    assert main(["--pred", str(tmp_path / "nowhere"), "--gt", str(tmp_path)]) == 1
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_eval_items_are_cut_and_degraded_the_same_every_time(tmp_path):
@@ -180,15 +219,3 @@ def test_eval_items_are_cut_and_degraded_the_same_every_time(tmp_path):
 def test_eval_items_need_something_to_evaluate(tmp_path):
     with pytest.raises(MediaError, match="nothing to evaluate"):
         next(eval_items(tmp_path))
-
-
-def test_folders_are_compared_by_name(tmp_path):
-    for name in ("pred", "gt"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(still(2, 0, 48)).save(tmp_path / name / "leaves.png")
-    results = compare_folders(tmp_path / "pred", tmp_path / "gt")
-    assert results["leaves"]["ssim"] == 1
-    json.dumps(results)
-    Image.fromarray(still(2, 1, 48)).save(tmp_path / "gt" / "more.png")
-    with pytest.raises(MediaError, match="more"):
-        compare_folders(tmp_path / "pred", tmp_path / "gt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,101 +10,256 @@ import pytest
 import torch
 from torch import nn
 
-from training import loop, state
-from training.config import OptimConfig, RunConfig
-from training.randomness import torch_rng
-
-RUN = RunConfig(steps=6, ema=0.9, save_every=3, validate_every=3)
-OPTIM = OptimConfig(lr=1e-2, final_lr=1e-3, warmup=2)
-
-
-class Interrupted(BaseException):
-    """What ends a process from outside."""
+from seedvr2_core.errors import CheckpointError, SettingError
+from tests.training.toys import OPTIM, RUN, Interrupted, Regression, ToyConfig
+from training import journal, loop, state
+from training.config import OptimConfig
+from training.guards import GuardConfig, Guards
+from training.loop import Session
+from training.previews import Preview
 
 
-class Regression:
-    """A stage that fits a small network to random numbers drawn from the step."""
+def train(stage, directory, session=None, optim=OPTIM, **changes):
+    config = ToyConfig(run=replace(RUN, **changes), optim=optim)
+    return loop.run(stage, config, dict.fromkeys(stage.modules, optim), directory, session)
 
-    def __init__(self, stop_at: int | None = None, infinite_at: int | None = None):
-        torch.manual_seed(0)
-        self.module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.stop_at, self.infinite_at = stop_at, infinite_at
 
-    def loss(self, step):
-        if step == self.stop_at:
-            raise Interrupted
-        x = torch.randn(16, 4, generator=torch_rng(0, "regression", step))
-        loss = (self.module(x) - x.sum(1, keepdim=True)).square().mean()
-        if step == self.infinite_at:
-            loss = loss * math.inf
-        return loss, {"examples": 16}
+def metrics(directory):
+    """What was logged, without times."""
+    timing = ("seconds", "samples_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in journal.read(directory / "metrics.jsonl")]
 
-    def validate(self, module):
-        return {"weight": module[0].weight.norm().item()}
+
+def everything(directory):
+    """Every tensor of the last checkpoint, by name."""
+    path = state.complete(directory / "checkpoints")[-1]
+    tensors = {name: torch.empty(size) for name, size in state.stored(path).items() if not name.startswith("rng/")}
+    state.Checkpoints(directory).load(path, tensors)
+    return tensors
 
 
 def assert_identical(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_identical(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_identical(one, other)
-    else:
-        assert a == b
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_six_steps_are_three_and_three_to_the_bit(tmp_path):
+    whole = train(Regression(), tmp_path / "whole")
+    with pytest.raises(loop.Preempted):
+        train(Regression(), tmp_path / "halves", Session(most_steps=3))
+    halves = train(Regression(), tmp_path / "halves")
+    assert_identical(whole.state_dict(), halves.state_dict())
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "halves"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
 
 
-@pytest.mark.parametrize("stop_at", [3, 5], ids=["at a save", "two steps after a save"])
-def test_an_interrupted_run_continues_as_if_it_had_never_stopped(tmp_path, stop_at):
-    whole = loop.run(Regression(), RUN, OPTIM, tmp_path / "whole")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_killed_run_goes_on_from_its_checkpoint_and_logs_every_step_once(tmp_path, asynchronous):
+    train(Regression(), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        loop.run(Regression(stop_at=stop_at), RUN, OPTIM, tmp_path / "halves")
-    assert state.load(tmp_path / "halves")["step"] == 3
-    halves = loop.run(Regression(), RUN, OPTIM, tmp_path / "halves")
-    assert_identical(state.load(tmp_path / "halves"), state.load(tmp_path / "whole"))
-    assert_identical(halves.state_dict(), whole.state_dict())
-    assert rows(tmp_path / "halves/validation.jsonl") == rows(tmp_path / "whole/validation.jsonl")
+        train(Regression(stop_at=5), tmp_path / "killed", async_save=asynchronous)
+    assert [row["step"] for row in metrics(tmp_path / "killed")] == [0, 1, 2, 3, 4]
+    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    second = Regression()
+    train(second, tmp_path / "killed", async_save=asynchronous)
+    # Whether the background had finished writing is a matter of luck; what comes out is not.
+    assert second.calls[0] in ([("g", 0, 0), ("g", 3, 0)] if asynchronous else [("g", 3, 0)])
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "killed"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert [row["step"] for row in journal.read(tmp_path / "killed/validation.jsonl")] == [3, 6]
 
 
-def test_a_finished_run_is_returned_without_another_step(tmp_path):
-    first = loop.run(Regression(), RUN, OPTIM, tmp_path)
-    again = loop.run(Regression(stop_at=0), RUN, OPTIM, tmp_path)
-    assert_identical(again.state_dict(), first.state_dict())
-    assert len(rows(tmp_path / "metrics.jsonl")) == 6
+def test_two_modules_resume_as_one_does(tmp_path):
+    names = ("d", "g")
+    train(Regression(names=names), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(Regression(names=names, stop_at=4), tmp_path / "halves")
+    stage = Regression(names=names)
+    train(stage, tmp_path / "halves")
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "halves"))
+    # The discriminator learns first.
+    assert [name for name, *_ in stage.calls[:4]] == ["d", "g", "d", "g"]
+    assert {"d_loss", "g_loss", "d_grad_norm", "g_grad_norm", "d_lr", "g_lr"} <= metrics(tmp_path / "whole")[0].keys()
 
 
-def test_every_step_is_logged_with_its_loss_and_the_stages_own_numbers(tmp_path):
-    loop.run(Regression(), RUN, OPTIM, tmp_path)
-    logged = rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in logged] == list(range(6))
-    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["examples"] == 16 for row in logged)
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    first = train(Regression(), tmp_path).state_dict()
+    again = Regression()
+    assert_identical(train(again, tmp_path).state_dict(), first)
+    assert not again.calls
 
 
-def test_training_reaches_a_lower_loss(tmp_path):
-    loop.run(Regression(), replace(RUN, steps=60), OPTIM, tmp_path)
-    losses = [row["loss"] for row in rows(tmp_path / "metrics.jsonl")]
+def test_resume_none_begins_anew_and_a_path_goes_on_from_there(tmp_path):
+    train(Regression(), tmp_path, keep=2)
+    anew = Regression()
+    with pytest.raises(Interrupted):
+        anew.stop_at = 1
+        train(anew, tmp_path, Session(resume="none"))
+    assert anew.calls[0][1] == 0
+    other = Regression()
+    train(other, tmp_path / "other", Session(resume=str(tmp_path / "checkpoints/step_000003")))
+    assert other.calls[0][1] == 3
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint"):
+        train(Regression(), tmp_path / "third", Session(resume=str(tmp_path / "nothing")))
+
+
+def test_micro_batches_are_a_batch_in_parts(tmp_path):
+    class Parts(Regression):
+        def backward(self, name, step, micro, scale):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step)).chunk(self.parts)[micro]
+            loss = (self.modules[name](x) - x.sum(1, keepdim=True)).square().mean()
+            (scale * loss).backward()
+            return {"loss": loss.item(), "samples": len(x)}
+
+    whole, parts = Parts(), Parts()
+    whole.parts, parts.parts = 1, 4
+    train(whole, tmp_path / "whole")
+    train(parts, tmp_path / "parts", micro_batches=4)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for name, value in everything(tmp_path / "whole").items():
+        torch.testing.assert_close(everything(tmp_path / "parts")[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    train(Regression(), tmp_path, steps=100, save_every=100, optim=replace(OPTIM, lr=5e-2))
+    losses = [row["loss"] for row in metrics(tmp_path)]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_reported(tmp_path):
     stage = Regression(infinite_at=2)
-    loop.run(stage, replace(RUN, steps=3), OPTIM, tmp_path / "spoilt")
-    spoilt = state.load(tmp_path / "spoilt")
-    assert all(value.isfinite().all() for value in spoilt["module"].values())
-    assert spoilt["ema"]["updates"] == 2
-    # The steps before it are those of a run without it.
-    unspoilt = Regression(stop_at=2)
+    with pytest.raises(loop.Preempted):
+        train(stage, tmp_path / "spoilt", Session(most_steps=3))
+    with pytest.raises(loop.Preempted):
+        train(Regression(), tmp_path / "sound", Session(most_steps=2))
+    assert_identical(everything(tmp_path / "spoilt"), everything(tmp_path / "sound"))
+    (alert,) = journal.read(tmp_path / "spoilt/alerts.jsonl")
+    assert alert["step"] == 2 and "not finite" in alert["message"]
+
+
+def test_a_run_that_stays_broken_stops_with_exit_code_3(tmp_path):
+    with pytest.raises(loop.Stopped) as stopped:
+        train(Regression(infinite_at=2), tmp_path, Session(guards=Guards(GuardConfig(non_finite_most=0))))
+    assert stopped.value.code == 3
+
+
+def test_a_run_that_only_gets_worse_stops_with_exit_code_4(tmp_path):
+    class Worse(Regression):
+        value = 1.0
+
+        def validate(self, module):
+            self.value *= 2
+            return {"error": self.value}
+
+    session = Session(guards=Guards(GuardConfig(worse_checks=2)))
+    with pytest.raises(loop.Stopped) as stopped:
+        train(Worse(), tmp_path, session, validate_every=1, judge="error")
+    assert stopped.value.code == 4
+    assert len(journal.read(tmp_path / "validation.jsonl")) == 3
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(tmp_path):
+    with pytest.raises(SystemExit) as left:
+        train(Regression(signal_at=3), tmp_path / "asked")
+    assert left.value.code == 0
+    path = state.complete(tmp_path / "asked/checkpoints")[-1]
+    assert path.name == "step_000004"
+    assert json.loads((path / "meta.json").read_text())["preempted"] is True
+    train(Regression(), tmp_path / "asked")
+    train(Regression(), tmp_path / "whole")
+    assert_identical(everything(tmp_path / "asked"), everything(tmp_path / "whole"))
+
+
+def test_a_run_stops_when_its_hours_are_over(tmp_path):
+    stage = Regression()
+    with pytest.raises(loop.Preempted):
+        train(stage, tmp_path, max_hours=0.0)
+    assert len(stage.calls) == 1
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+    real = state.dcp.save
+
+    def full(tensors, **options):
+        if options["checkpoint_id"].name == "step_000003":
+            raise OSError(28, "No space left on device")
+        return real(tensors, **options)
+
+    monkeypatch.setattr(state.dcp, "save", full)
+    train(Regression(), tmp_path)
+    (alert,) = journal.read(tmp_path / "alerts.jsonl")
+    assert "No space left" in alert["message"]
+    assert [path.name for path in state.complete(tmp_path / "checkpoints")] == ["step_000006"]
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
+    def full(tensors, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.dcp, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        train(Regression(), tmp_path)
+
+
+def test_looking_at_a_run_does_not_change_it(tmp_path):
+    class Seen(Regression):
+        def preview(self, module):
+            picture = torch.rand(2, 3, 8, 8)
+            return [Preview("clip", picture, picture, picture)]
+
+    train(Regression(), tmp_path / "unseen")
+    train(Seen(), tmp_path / "seen", validate_every=1, preview_every=2)
+    assert_identical(everything(tmp_path / "unseen"), everything(tmp_path / "seen"))
+    assert {path.name for path in (tmp_path / "seen/previews/step_000002").iterdir()} == {"clip.png", "clip_time.png"}
+
+
+def test_validation_sees_the_averaged_weights_and_they_are_returned(tmp_path):
+    stage = Regression()
+    averaged = train(stage, tmp_path)
+    saved = {name.removeprefix("ema/"): value for name, value in everything(tmp_path).items() if name[:4] == "ema/"}
+    assert_identical(dict(averaged.state_dict()), saved)
+    last = journal.read(tmp_path / "validation.jsonl")[-1]
+    assert last["weight"] == pytest.approx(stage.validate(averaged)["weight"])
+    assert_identical(state.load_averaged(tmp_path), saved)
+    assert_identical(state.load_averaged(tmp_path / "ema/step_000006.safetensors"), saved)
+
+
+def test_another_model_is_refused_and_other_settings_are_not(tmp_path):
+    with pytest.raises(loop.Preempted):
+        train(Regression(), tmp_path, Session(most_steps=3))
+    config = ToyConfig(run=replace(RUN, seed=1), optim=OPTIM, model=16)
+    with pytest.raises(SettingError, match=r"run\.seed was 0 and is 1.*model was 8 and is 16"):
+        loop.run(Regression(), config, {"g": OPTIM}, tmp_path)
+    loop.run(Regression(), config, {"g": OPTIM}, tmp_path, Session(allow_config_change=True))
+    train(Regression(), tmp_path / "other", save_every=2)
+    train(Regression(), tmp_path / "other", validate_every=5)
+
+
+def test_a_run_says_on_what_it_ran(tmp_path):
+    train(Regression(), tmp_path)
+    assert json.loads((tmp_path / "env.json").read_text())["packages"]["torch"]
+    assert "steps: 6" in (tmp_path / "config.yaml").read_text()
+
+
+def test_norms_of_the_weights_are_logged_now_and_then(tmp_path):
+    train(Regression(), tmp_path, log_norms_every=2)
+    rows = metrics(tmp_path)
+    assert ["weight_norm" in row for row in rows] == [False, True] * 3
+    assert all(row["ema_distance"] > 0 for row in rows[1::2])
+
+
+def test_rmsprop_keeps_one_number_a_weight_and_resumes_to_the_bit(tmp_path):
+    optim = replace(OPTIM, kind="rmsprop", betas=(0.0, 0.9), weight_decay=0.0)
+    train(Regression(), tmp_path / "whole", optim=optim)
     with pytest.raises(Interrupted):
-        loop.run(unspoilt, replace(RUN, steps=3), OPTIM, tmp_path / "stopped")
-    assert_identical(stage.module.state_dict(), unspoilt.module.state_dict())
+        train(Regression(stop_at=4), tmp_path / "halves", optim=optim)
+    train(Regression(), tmp_path / "halves", optim=optim)
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "halves"))
+    kept = [name.rpartition("/")[2] for name in everything(tmp_path / "whole") if name.startswith("g.optim/0.weight")]
+    assert sorted(kept) == ["square_avg", "step"]
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
@@ -115,6 +269,15 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
     assert rates[54] == pytest.approx(0.55)
     assert rates[104] == pytest.approx(0.1)
     assert all(after <= before for before, after in pairwise(rates[4:]))
+
+
+def test_a_rate_may_stay_and_fall_only_at_the_end():
+    optim = OptimConfig(lr=1.0, final_lr=0.0, warmup=4, decay=0.2)
+    rates = [loop.learning_rate(step, 100, optim) for step in range(101)]
+    assert rates[4:81] == [1.0] * 77
+    assert rates[90] == pytest.approx(0.5)
+    constant = [loop.learning_rate(step, 100, replace(optim, decay=0.0)) for step in range(4, 100)]
+    assert set(constant) == {1.0}
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_rates():

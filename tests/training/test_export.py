@@ -1,0 +1,166 @@
+"""Export: what a run learnt, under the published names, and at work in the command line at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from seedvr2_core.__main__ import main as seedvr2
+from seedvr2_core.checkpoints import inspect, load_dit, load_prompts, load_vae
+from seedvr2_core.checkpoints.folders import NANO_DIT as NANO_FILE
+from seedvr2_core.checkpoints.folders import NANO_VAE
+from seedvr2_core.errors import CheckpointError
+from training import loop
+from training.config import OptimConfig, RunConfig, to_yaml
+from training.export import export, main, read
+from training.lora import Base, LoraConfig, LoraTraining, flow_matching
+from training.pretrain import NANO_DIT, Pretraining, PretrainStage
+from training.procedural import still
+from training.restorer import Restorer
+from training.shards import Latents
+from training.vae import NANO_VAE as NANO_VAE_CONFIG
+from training.vae import RECIPES as VAE_RECIPES
+from training.weights import build_restorer, open_restorer, open_vae
+
+RUN = RunConfig(steps=2, save_every=1, validate_every=2, keep_averaged_every=1, async_save=False, ema=0.5)
+RATE = OptimConfig(lr=1e-2, final_lr=1e-2, warmup=0)
+
+
+@pytest.fixture(scope="module")
+def pretrain_run(tiny_dit, latents_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "pretrain"
+    config = Pretraining(model=tiny_dit, run=RUN, optim=RATE, batch=2)
+    torch.manual_seed(0)
+    restorer = Restorer(tiny_dit)
+    for parameter in restorer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    loop.run(PretrainStage(config, Latents(latents_folder, 0), restorer), config, {"g": RATE}, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(pretrain_run, tiny_dit, latents_folder) -> Path:
+    folder = pretrain_run.parent / "lora"
+    config = LoraTraining(
+        base=pretrain_run, model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32"), batch=2
+    )
+    base = Base(open_restorer(pretrain_run))
+    loop.run(flow_matching(config, Latents(latents_folder, 0), base), config, {"g": RATE}, folder)
+    return folder
+
+
+@pytest.fixture
+def inputs():
+    x, condition = torch.randn(2, 2, 16, 2, 4, 4).unbind()
+    return x, condition, torch.tensor([0.3, 1.0])
+
+
+def test_an_exported_run_comes_back_as_it_was(pretrain_run, tmp_path, inputs):
+    assert main(["--run", str(pretrain_run), "--out", str(tmp_path / "model.safetensors"), "--dtype", "fp32"]) == 0
+    again, run = open_restorer(tmp_path / "model.safetensors"), open_restorer(pretrain_run)
+    assert again.dit.config == run.dit.config
+    weights = again.state_dict(), run.state_dict()
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    torch.testing.assert_close(again.velocity(*inputs), run.velocity(*inputs))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_are_stored_in_the_type_asked_for_with_published_names(pretrain_run, tmp_path, dtype):
+    assert main(["--run", str(pretrain_run), "--out", str(tmp_path / "m.safetensors"), "--dtype", dtype]) == 0
+    info = inspect(tmp_path / "m.safetensors")
+    assert info.dtype == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    assert set(info.prompts) == {"positive", "negative"} and info.why_not == "" and info.prefix == ""
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert {"vid_in.proj.weight", "blocks.0.attn.proj_qkv.vid.weight"} <= set(file.keys())
+        assert json.loads(file.metadata()["seedvr2_config"])["dim"] == 32
+
+
+def test_raw_weights_and_those_of_an_earlier_step_can_be_had(pretrain_run):
+    raw, averaged, earlier = (read(pretrain_run, *which) for which in ((None, "raw"), (2, "ema"), (1, "ema")))
+    assert raw.keys() >= averaged.keys() == earlier.keys()
+    name = "dit.blocks.0.attn.proj_qkv.vid.weight"
+    assert not torch.equal(raw[name], averaged[name]) and not torch.equal(averaged[name], earlier[name])
+
+
+def test_weights_that_were_not_kept_are_refused_with_those_that_were(pretrain_run, tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="step 7; there are those of 1, 2"):
+        read(pretrain_run, 7)
+    assert main(["--run", str(tmp_path), "--out", str(tmp_path / "m.safetensors")]) == 1
+    assert "there are those of none" in capsys.readouterr().err
+
+
+def test_adapters_are_exported_merged(lora_run, tmp_path, tiny_dit, inputs, pretrain_run):
+    export(lora_run, tmp_path / "merged.safetensors", dtype=torch.float32)
+    merged = open_restorer(tmp_path / "merged.safetensors")
+    expected = open_restorer(lora_run).velocity(*inputs)
+    torch.testing.assert_close(merged.velocity(*inputs), expected)
+    assert not torch.allclose(expected, open_restorer(pretrain_run).velocity(*inputs))
+    base = Base(open_restorer(pretrain_run))
+    stage = flow_matching(
+        LoraTraining(base=pretrain_run, model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32")),
+        None, base,
+    )  # fmt: skip
+    stage.modules["g"].load_state_dict(read(lora_run))
+    torch.testing.assert_close(stage.modules["g"].velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_model_restores_a_clip_at_the_command_line(tmp_path):
+    """A run of nano's sizes: its weights become a checkpoint's, and that restores."""
+    run = tmp_path / "run"
+    nano = open_restorer("nano")
+    state = {name: tensor for name, tensor in nano.state_dict().items() if "rope" not in name}
+    (run / "ema").mkdir(parents=True)
+    save_file(state, run / "ema/step_000003.safetensors")
+    (run / "config.yaml").write_text(to_yaml(Pretraining(model=NANO_DIT, run=RUN, optim=RATE)))
+    assert main(["--run", str(run), "--step", "3", "--what", "ema", "--out", str(tmp_path / "mine.safetensors")]) == 0
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for number in range(2):
+        Image.fromarray(still(0, 0, 34)[:, number : number + 32]).save(clip / f"{number:03d}.png")
+    outputs = []
+    for model in (tmp_path / "mine.safetensors", NANO_FILE):
+        out = tmp_path / f"out-{model.stem}"
+        command = ["restore", str(clip), str(out), "--model", str(model), "--vae", str(NANO_VAE), "--same"]
+        assert seedvr2([*command, "--device", "cpu", "--dtype", "fp32"]) == 0
+        outputs.append([path.read_bytes() for path in sorted(out.iterdir())])
+    assert len(outputs[0]) == 2 and outputs[0] == outputs[1]
+
+
+def test_an_autoencoder_is_exported_with_the_scale_of_its_latents(tmp_path, latents_folder):
+    run = tmp_path / "vae"
+    (run / "ema").mkdir(parents=True)
+    vae = open_vae("nano")
+    save_file(vae.state_dict(), run / "ema/step_000001.safetensors")
+    (run / "config.yaml").write_text(to_yaml(replace(VAE_RECIPES["nano"], model=NANO_VAE_CONFIG)))
+    export(run, tmp_path / "vae.safetensors", latents=latents_folder)
+    loaded = load_vae(tmp_path / "vae.safetensors")
+    assert loaded.config.scale == pytest.approx(Latents(latents_folder, 0).scale, abs=1e-4)
+    assert torch.equal(loaded.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16())
+
+
+def test_a_stage_may_start_from_a_published_model_by_its_name():
+    restorer = open_restorer("nano")
+    assert restorer.dit.config == load_dit(NANO_FILE).config == NANO_DIT
+    assert torch.equal(restorer.prompt.bfloat16(), load_prompts(NANO_FILE).positive)
+    assert open_vae("nano").config.widths == NANO_VAE_CONFIG.widths
+
+
+def test_a_name_or_path_that_leads_nowhere_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run directory"):
+        open_restorer(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        open_restorer(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(pretrain_run):
+    with pytest.raises(CheckpointError, match="another stage or model"):
+        build_restorer(pretrain_run, {"prompt": torch.zeros(8, 24), "odd": torch.zeros(1)})

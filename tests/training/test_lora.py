@@ -1,0 +1,242 @@
+"""Adapters: nothing at first, merged what they were beside the weights, and two sets on one base."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from seedvr2_core.errors import CheckpointError
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
+from training import loop
+from training.apt import Phase
+from training.config import OptimConfig, ParallelConfig, RunConfig
+from training.discriminator import tap_blocks
+from training.lora import (
+    ADAPTER_FILE,
+    RECIPES,
+    AdaptedAdversarialStage,
+    AdaptedDiscriminator,
+    AdaptedRestorer,
+    Adapters,
+    Base,
+    LoraConfig,
+    LoraTraining,
+    flow_matching,
+    load_adapters,
+    save_adapters,
+)
+from training.parallel import Layers
+from training.restorer import Restorer
+from training.shards import Latents
+
+SMALL = LoraConfig(rank=4, alpha=8.0, base="fp32")
+RUN = RunConfig(steps=2, save_every=1, validate_every=2, async_save=False)
+RATE = OptimConfig(lr=1e-2, final_lr=1e-2, warmup=0, weight_decay=0.0)
+
+
+@pytest.fixture
+def restorer(tiny_dit) -> Restorer:
+    torch.manual_seed(0)
+    restorer = Restorer(tiny_dit)
+    for parameter in restorer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return restorer
+
+
+@pytest.fixture
+def inputs():
+    x, condition = torch.randn(2, 2, 16, 2, 4, 4).unbind()
+    return x, condition, torch.tensor([0.3, 1.0])
+
+
+def trained(adapted: AdaptedRestorer) -> AdaptedRestorer:
+    for parameter in adapted.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+@pytest.fixture
+def shard_latents(latents_folder) -> Latents:
+    return Latents(latents_folder, seed=0)
+
+
+@pytest.fixture
+def config(tiny_dit):
+    return LoraTraining(base="unused", model=tiny_dit, run=RUN, g=RATE, d=RATE, lora=SMALL, batch=2,
+                        curriculum=(Phase(share=1.0, frames=(1, 5)),))  # fmt: skip
+
+
+def test_a_base_with_room_for_adapters_is_the_model_it_was(restorer, inputs):
+    before = restorer.velocity(*inputs)
+    base = Base(restorer)
+    assert torch.equal(base.restorer.velocity(*inputs), before)
+
+
+def test_fresh_adapters_add_nothing(restorer, inputs):
+    before = restorer.velocity(*inputs)
+    torch.testing.assert_close(AdaptedRestorer(Base(restorer), SMALL).velocity(*inputs), before, atol=0, rtol=0)
+
+
+def test_strength_zero_is_the_base_to_the_bit(restorer, inputs):
+    before = restorer.velocity(*inputs)
+    adapted = trained(AdaptedRestorer(Base(restorer), SMALL))
+    assert not torch.equal(adapted.velocity(*inputs), before)
+    adapted.adapters.strength = 0.0
+    assert torch.equal(adapted.velocity(*inputs), before)
+
+
+def test_merged_adapters_give_what_they_gave_beside_the_weights(restorer, inputs):
+    base = Base(restorer.double())
+    base.restorer.double()
+    adapted = trained(AdaptedRestorer(base, SMALL)).double()
+    # What merges is fp32, so it has to hold these values exactly.
+    for parameter in adapted.parameters():
+        parameter.data = parameter.data.float().double()
+    inputs = [tensor.double() for tensor in inputs]
+    beside = adapted.velocity(*inputs)
+    merged = base.merge(adapted.adapters).double()
+    torch.testing.assert_close(merged.velocity(*inputs), beside, atol=1e-5, rtol=1e-5)
+    assert not any("lora" in name for name in merged.state_dict())
+
+
+def test_a_merged_model_has_the_tensors_of_a_plain_one(restorer, tiny_dit):
+    base = Base(restorer)
+    merged = base.merge(trained(AdaptedRestorer(base, SMALL)).adapters)
+    plain = Restorer(tiny_dit).state_dict()
+    assert {name: t.shape for name, t in merged.state_dict().items()} == {name: t.shape for name, t in plain.items()}
+
+
+def test_every_linear_layer_of_every_block_has_an_adapter(restorer):
+    base = Base(restorer)
+    per_stream = ("attn.proj_qkv", "attn.proj_out", "mlp")
+    mlp = ("proj_in", "proj_in_gate", "proj_out")
+    wanted = set()
+    for block, streams in enumerate((("vid", "txt"), ("all",))):
+        for stream in streams:
+            wanted |= {f"blocks.{block}.{name}.{stream}" for name in per_stream[:2]}
+            wanted |= {f"blocks.{block}.mlp.{stream}.{layer}" for layer in mlp}
+    assert set(base.layers) == wanted
+
+
+@pytest.mark.parametrize(("model", "millions"), [(SEEDVR2_3B, 58.8), (SEEDVR2_7B, 113.0)], ids=["3b", "7b"])
+def test_rank_32_has_as_many_parameters_as_the_estimates_assume(model, millions):
+    with torch.device("meta"):
+        # Two of the blocks and their share: the whole model takes seconds to lay out.
+        base = Base(Restorer(replace(model, depth=2, separate_layers=1)))
+        counts = [sum(p.numel() for name, p in Adapters(base, LoraConfig(rank=32)).named_parameters()
+                      if name.startswith(f"blocks.{block}.")) for block in (0, 1)]  # fmt: skip
+    total = counts[0] * model.separate_layers + counts[1] * (model.depth - model.separate_layers)
+    assert total / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_only_adapters_receive_gradients(restorer, inputs):
+    adapted = trained(AdaptedRestorer(Base(restorer), SMALL))
+    adapted.velocity(*inputs).square().mean().backward()
+    assert all(parameter.grad is None for parameter in adapted.base.restorer.parameters())
+    silent = {name for name, p in adapted.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not silent
+    assert {name.split(".")[0] for name, _ in adapted.named_parameters()} == {"adapters"}
+
+
+def test_recomputing_in_the_backward_pass_uses_the_same_adapters(restorer, inputs):
+    base = Base(restorer)
+    adapted, other = (trained(AdaptedRestorer(base, SMALL)) for _ in range(2))
+
+    def gradients() -> list[torch.Tensor]:
+        adapted.zero_grad()
+        loss = adapted.velocity(*inputs).square().mean()
+        # Whoever uses the base before the backward pass begins must not matter.
+        with torch.no_grad():
+            other.velocity(*inputs)
+        loss.backward()
+        return [parameter.grad.clone() for parameter in adapted.parameters()]
+
+    plain = gradients()
+    adapted.layers = Layers(recompute=True)
+    for one, again in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(one, again)
+
+
+def test_two_sets_on_one_base_do_not_disturb_each_other(restorer, inputs):
+    base = Base(restorer)
+    first, second = (trained(AdaptedRestorer(base, SMALL)) for _ in range(2))
+    alone = first.velocity(*inputs)
+    assert not torch.allclose(second.velocity(*inputs), alone)
+    assert torch.equal(first.velocity(*inputs), alone)
+
+
+def test_the_discriminator_shares_the_base_and_owns_adapters_and_readout(restorer, inputs, tiny_dit):
+    base = Base(restorer)
+    critic = AdaptedDiscriminator(base, SMALL)
+    assert {name.split(".")[0] for name, _ in critic.named_parameters()} == {"adapters", "readout"}
+    x, condition, u = inputs
+    logits, features = critic(x, condition, [restorer.prompt] * 2, u)
+    assert logits.shape == (2,) and len(features) == len(tap_blocks(tiny_dit.depth))
+
+
+def test_a_base_in_fp8_is_close_to_the_model_and_passes_gradients(restorer, inputs):
+    before = restorer.velocity(*inputs)
+    adapted = trained(AdaptedRestorer(Base(restorer, "fp8"), replace(SMALL, base="fp8")))
+    adapted.adapters.strength = 0.0
+    error = (adapted.velocity(*inputs) - before).norm() / before.norm()
+    assert error < 0.15
+    adapted.adapters.strength = 1.0
+    x = inputs[0].requires_grad_()
+    adapted.velocity(x, *inputs[1:]).square().mean().backward()
+    assert x.grad.any() and all(p.grad is not None for p in adapted.parameters())
+
+
+def test_saved_adapters_have_pefts_names_and_come_back(restorer, inputs, tmp_path):
+    base = Base(restorer)
+    adapted = trained(AdaptedRestorer(base, SMALL))
+    save_adapters(tmp_path, adapted.adapters, SMALL, "nano")
+    with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
+        assert "base_model.model.blocks.0.attn.proj_qkv.vid.lora_A.weight" in file.keys()  # noqa: SIM118
+    again = load_adapters(tmp_path, base)
+    expected = adapted.velocity(*inputs)
+    adapted.adapters = again
+    assert torch.equal(adapted.velocity(*inputs), expected)
+
+
+def test_adapters_of_another_model_are_refused(restorer, tiny_dit, tmp_path):
+    save_adapters(tmp_path, Adapters(Base(restorer), SMALL), SMALL, "nano")
+    with pytest.raises(CheckpointError, match="another model"):
+        load_adapters(tmp_path, Base(Restorer(replace(tiny_dit, mlp_hidden=56))))
+    with pytest.raises(CheckpointError, match="no adapters"):
+        load_adapters(tmp_path / "nowhere", Base(Restorer(tiny_dit)))
+
+
+def test_flow_matching_trains_adapters_and_resumes_to_the_bit(restorer, config, shard_latents, tmp_path):
+    def run(directory, **session):
+        stage = flow_matching(config, shard_latents, Base(copy.deepcopy(restorer)))
+        return loop.run(stage, config, {"g": RATE}, directory, loop.Session(**session))
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(loop.Preempted):
+        run(tmp_path / "halves", most_steps=1)
+    halves = run(tmp_path / "halves")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+    assert any(p.abs().sum() > 0 for name, p in whole.named_parameters() if "lora_B" in name)
+
+
+def test_adversarial_training_moves_both_sets_and_leaves_the_base(restorer, config, shard_latents, tmp_path):
+    before = {name: tensor.clone() for name, tensor in restorer.state_dict().items()}
+    base = Base(restorer)
+    stage = AdaptedAdversarialStage(config, shard_latents, base)
+    starts = {name: [p.clone() for p in module.parameters()] for name, module in stage.modules.items()}
+    loop.run(stage, config, {"d": RATE, "g": RATE}, tmp_path)
+    for name, module in stage.modules.items():
+        assert any(not torch.equal(p, start) for p, start in zip(module.parameters(), starts[name], strict=True)), name
+    after = base.restorer.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_is_complete(config):
+    assert config.objective == "flow" or config.d is not None
+    assert config.run.parallel == ParallelConfig() or config.run.parallel.activation_checkpoint

@@ -1,0 +1,187 @@
+"""Precomputing: samples depend on their number alone, shards are made once, by whoever, and never by halves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from seedvr2_core.errors import MediaError, SettingError
+from seedvr2_core.models.vae import VAEConfig, VideoVAE
+from training import precompute
+from training.data import DataConfig, Dataset
+from training.precompute import PairCrops, Precompute, encode, main, make_sample, parse_part, run, tasks
+from training.procedural import still
+from training.shards import Latents, ShardReader
+
+CONFIG = Precompute(
+    vae=Path("unused"),
+    crops=(PairCrops(kind="image", count=5, size=32, aspects=3), PairCrops(kind="clip", count=3, size=32, frames=5)),
+    degradation="nano",
+    variants=2,
+    data=DataConfig(seed=1, stills=2, still_size=96),
+    shard_samples=2,
+    batch=2,
+    workers=0,
+)
+SHARDS = ["image-1x32x3-000000", "image-1x32x3-000001", "image-1x32x3-000002", "clip-5x32-000000", "clip-5x32-000001"]
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoVAE:
+    torch.manual_seed(0)
+    return VideoVAE(VAEConfig(widths=(8, 8, 8, 8), blocks=1, groups=2, scale=1.0)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    run(CONFIG, folder, None, vae)
+    return folder
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def test_every_sample_is_in_one_shard(folder):
+    assert [task.name for task in tasks(CONFIG)] == SHARDS
+    reader = ShardReader(folder)
+    assert len(reader) == 8 and reader.variants == 2
+    assert [reader.about(i)["index"] for i in range(8)] == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_a_latent_is_that_of_its_pixels(folder, vae):
+    mean = replace(CONFIG, latent="mean", dtype="fp32", crops=CONFIG.crops[1:])
+    target = folder.parent / "mean"
+    run(mean, target, None, vae)
+    sample = make_sample(Dataset.load(None, CONFIG.data), mean, mean.crops[0], 1)
+    hq, lq, _, _ = ShardReader(target).read(1, variant=1)
+    torch.testing.assert_close(hq, encode(vae, sample.clean[None], None)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lq, encode(vae, sample.degraded[1][None], None)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sampled_latent_lies_around_its_mean_and_is_drawn_once(folder, vae):
+    clip = make_sample(Dataset.load(None, CONFIG.data), CONFIG, CONFIG.crops[1], 0).clean[None]
+    mean = encode(vae, clip, None)
+    drawn = [encode(vae, clip, [torch.Generator().manual_seed(seed)]) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], mean)
+
+
+def test_every_parameter_of_every_degradation_is_kept(folder):
+    about = ShardReader(folder).about(6)
+    assert about["kind"] == "clip" and about["size"] == [32, 32] and about["frames"] == 5
+    assert [log["profile"] for log in about["degradations"]] == ["nano", "nano"]
+    assert len(about["degradations"][0]["passes"][0]["jpeg"]["quality"]) == 5
+
+
+def test_shapes_of_one_area_become_buckets(folder):
+    latents = Latents(folder, seed=0)
+    shapes = {tuple(bucket)[1:] for bucket in latents.store.buckets if bucket.t == 1}
+    assert 1 < len(shapes) <= 3
+    assert all(h * w in range(8, 33) for h, w in shapes)
+
+
+def test_a_second_run_makes_nothing_again(folder, vae, monkeypatch):
+    before = tars(folder)
+
+    def fail(*args):
+        raise AssertionError("a finished shard was made again")
+
+    monkeypatch.setattr(precompute, "write", fail)
+    run(CONFIG, folder, None, vae)
+    assert tars(folder) == before
+
+
+def test_parts_of_the_work_add_up_to_the_same_files(folder, vae, tmp_path):
+    run(CONFIG, tmp_path, None, vae, (1, 2))
+    assert {path.stem for path in tmp_path.glob("*.tar")} == set(SHARDS[1::2])
+    assert not (tmp_path / "index").exists()
+    run(CONFIG, tmp_path, None, vae, (0, 2))
+    assert tars(tmp_path) == tars(folder)
+    for column in folder.glob("index/*.npy"):
+        np.testing.assert_array_equal(np.load(column), np.load(tmp_path / "index" / column.name))
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(folder, vae, tmp_path, monkeypatch):
+    whole, made = precompute.make_sample, []
+
+    def interrupted(*args):
+        made.append(args)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(precompute, "make_sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(CONFIG, tmp_path, None, vae)
+    assert [path.stem for path in tmp_path.glob("*.tar")] == SHARDS[:1]
+    monkeypatch.setattr(precompute, "make_sample", whole)
+    run(CONFIG, tmp_path, None, vae)
+    assert tars(tmp_path) == tars(folder)
+
+
+def test_worker_processes_make_the_same_files(vae, tmp_path):
+    few = replace(CONFIG, crops=(PairCrops(kind="image", count=2, size=32),))
+    for workers in (0, 1):
+        run(replace(few, workers=workers), tmp_path / str(workers), None, vae)
+    assert tars(tmp_path / "0") == tars(tmp_path / "1")
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, vae):
+    with pytest.raises(SettingError, match="another degradation"):
+        run(replace(CONFIG, degradation="light"), folder, None, vae)
+
+
+def test_a_file_that_vanishes_is_replaced_by_the_same_other_sample(monkeypatch, caplog):
+    dataset, crops = Dataset.load(None, CONFIG.data), CONFIG.crops[0]
+    expected = make_sample(dataset, CONFIG, crops, 2 + crops.count).clean
+    whole = dataset.sample
+
+    def sometimes(number, *args, **options):
+        if number == 2:
+            raise MediaError("walk.mp4 cannot be decoded.")
+        return whole(number, *args, **{**options, "size": expected.shape[-2:]})
+
+    monkeypatch.setattr(dataset, "sample", sometimes)
+    assert torch.equal(make_sample(dataset, CONFIG, crops, 2).clean, expected)
+    assert "walk.mp4" in caplog.text
+
+
+def test_a_caption_beside_a_source_goes_into_its_samples(vae, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.fromarray(still(0, 0, 64)).save(tmp_path / "data/beach.png")
+    (tmp_path / "text").mkdir()
+    embedding = torch.randn(3, 8)
+    save_file({"embedding": embedding}, tmp_path / "text/beach.safetensors")
+    config = replace(CONFIG, crops=(PairCrops(kind="image", count=2, size=32),), captions=tmp_path / "text",
+                     data=DataConfig(real=1.0, stills=0))  # fmt: skip
+    run(config, tmp_path / "out", tmp_path / "data", vae)
+    assert torch.equal(ShardReader(tmp_path / "out").read(0)[2], embedding)
+
+
+@pytest.mark.parametrize(("text", "part"), [("0/1", (0, 1)), ("3/8", (3, 8))])
+def test_parts_are_counted_from_zero(text, part):
+    assert parse_part(text) == part
+
+
+@pytest.mark.parametrize("text", ["4/4", "-1/2", "half", "1"])
+def test_a_part_that_does_not_exist_is_refused(text):
+    with pytest.raises(SettingError, match="--shard"):
+        parse_part(text)
+
+
+def test_the_command_says_in_words_what_it_cannot_do(tmp_path, capsys):
+    command = ["--config", "pico", "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    assert main([*command, "degradation=odd"]) == 1
+    assert "choose one of" in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 shards, 96 samples" in capsys.readouterr().out
+    assert main([*command, "vae=nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err

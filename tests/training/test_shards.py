@@ -1,0 +1,205 @@
+"""Shards of latents: what was written is read, in any order; what is broken is replaced, counted, or refused."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from seedvr2_core.errors import CheckpointError, SettingError
+from seedvr2_core.video.geometry import Grid
+from training.buckets import tokens
+from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, write_shard
+
+IMAGE, CLIP = Grid(1, 4, 4), Grid(2, 4, 6)
+SETTINGS = {"degradation": "full", "variants": 2}
+PER_SHARD, SHARDS = 20, 2
+
+
+def pair(number: int, grid: Grid) -> Pair:
+    draw = torch.Generator().manual_seed(number)
+    hq = 3 * torch.randn(16, *grid, generator=draw)
+    text = torch.full((2, 8), float(number)) if number % 2 else None
+    return Pair(hq, [hq + 1, hq + 2], {"number": number}, text)
+
+
+def write(folder) -> list[str]:
+    names = []
+    for kind, grid, first in (("clip", CLIP, 1000), ("image", IMAGE, 0)):
+        for shard in range(SHARDS):
+            numbers = range(first + shard * PER_SHARD, first + (shard + 1) * PER_SHARD)
+            names.append(f"{kind}-{shard:06d}")
+            write_shard(folder, names[-1], ((f"{n:06d}", pair(n, grid)) for n in numbers), SETTINGS)
+    build_index(folder, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write(folder)
+    return folder
+
+
+@pytest.fixture
+def latents(folder):
+    return Latents(folder, seed=0)
+
+
+def test_a_sample_comes_back_as_it_was_written(folder):
+    reader = ShardReader(folder)
+    # In no order at all.
+    for number in (70, 3, 41, 0, 79, 25):
+        written = 1000 + number if number < 40 else number - 40
+        expected = pair(written, CLIP if number < 40 else IMAGE)
+        hq, lq, text, really = reader.read(number, variant=1)
+        assert really == number
+        assert torch.equal(hq, expected.hq) and torch.equal(lq, expected.lq[1])
+        assert (text is None) == (expected.text is None) and (text is None or torch.equal(text, expected.text))
+        assert reader.about(number) == {"number": written}
+
+
+def test_a_shard_is_a_tar_that_anyone_can_read(folder):
+    with tarfile.open(folder / "image-000001.tar") as tar:
+        names = tar.getnames()
+        assert names[:5] == [f"000020.{part}" for part in ("hq.safetensors", "lq0.safetensors", "lq1.safetensors",
+                                                           "json")] + ["000021.hq.safetensors"]  # fmt: skip
+        content = tar.extractfile("000021.hq.safetensors").read()
+    assert torch.equal(load(content)["latent"], pair(21, IMAGE).hq)
+
+
+def test_columns_are_mapped_and_not_read(folder):
+    assert all(isinstance(column, np.memmap) for column in ShardReader(folder).columns.values())
+
+
+def test_the_scale_makes_the_variance_of_all_clean_latents_one(folder, latents):
+    everything = torch.cat([pair(n, grid).hq.flatten() for grid, first in ((CLIP, 1000), (IMAGE, 0))
+                            for n in range(first, first + 40)])  # fmt: skip
+    assert latents.scale == pytest.approx(1 / everything.std().item(), rel=1e-4)
+
+
+def test_equal_samples_make_equal_files(folder, tmp_path):
+    write(tmp_path)
+    assert (tmp_path / "image-000000.tar").read_bytes() == (folder / "image-000000.tar").read_bytes()
+
+
+def test_batches_take_the_kinds_in_turn_and_depend_on_the_step_alone(latents, folder):
+    assert [latents.batch(step, 3)[0].shape[2:] for step in range(4)] == [CLIP, IMAGE] * 2
+    hq, lq = latents.batch(5, 4, micro=1)
+    again = Latents(folder, seed=0).batch(5, 4, micro=1)
+    assert torch.equal(hq, again[0]) and torch.equal(lq, again[1])
+    assert not torch.equal(hq, latents.batch(5, 4)[0])
+
+
+def test_shards_and_plain_files_make_the_same_batches(tmp_path):
+    from safetensors.torch import save_file
+
+    pairs = [pair(n, IMAGE) for n in range(30)]
+    (tmp_path / "plain").mkdir()
+    plain = {"hq": torch.stack([p.hq for p in pairs]), "lq": torch.stack([p.lq[0] for p in pairs])}
+    save_file(plain, tmp_path / "plain/image.safetensors")
+    single = ((f"{i}", Pair(p.hq, p.lq[:1], {})) for i, p in enumerate(pairs))
+    write_shard(tmp_path / "shards", "image-000000", single, {})
+    build_index(tmp_path / "shards", ["image-000000"])
+    ours, theirs = (Latents(tmp_path / name, seed=3) for name in ("shards", "plain"))
+    for step in range(3):
+        for a, b in zip(ours.batch(step, 4), theirs.batch(step, 4), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    index = torch.tensor([20, 17])
+    assert ours.kinds[0]["hq"].shape == theirs.kinds[0]["hq"].shape
+    assert torch.equal(ours.kinds[0]["lq"][index], theirs.kinds[0]["lq"][index])
+
+
+def test_held_out_samples_are_in_no_batch(latents):
+    kept = {round(z.sum().item(), 3) for hq, _ in latents.held_out() for z in hq}
+    drawn = {round(z.sum().item(), 3) for step in range(30) for z in latents.batch(step, 4)[0]}
+    planned = {round(z.sum().item(), 3) for step in range(20) for z in latents.planned(step, 200, tail="keep").hq}
+    assert len(kept) == 2 * HELD_OUT
+    assert len(planned) == 80 - 2 * HELD_OUT
+    assert not kept & (drawn | planned)
+
+
+def test_a_planned_batch_has_one_shape_and_keeps_its_budget(latents):
+    for step in range(8):
+        batch = latents.planned(step, budget=40)
+        assert tuple(batch.hq.shape[2:]) == batch.bucket
+        assert len(batch.ids) * tokens(batch.bucket) <= 40
+        # Both variants of the degraded latent occur.
+        torch.testing.assert_close((batch.lq - batch.hq).mean(dim=(1, 2, 3, 4)) / latents.scale % 1,
+                                   torch.zeros(len(batch.ids)), atol=1e-3, rtol=0)  # fmt: skip
+
+
+def test_micro_batches_are_parts_of_the_planned_batch(latents):
+    parts = [latents.planned(2, 64, micro=micro, micros=2) for micro in range(2)]
+    whole = latents.plan(64, 2)(2)
+    assert np.array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
+
+
+def test_both_variants_of_a_sample_are_used(latents):
+    batches = [latents.planned(step) for step in range(8)]
+    shifts = [(batch.lq - batch.hq).mean(dim=(1, 2, 3, 4)) / latents.scale for batch in batches]
+    assert set(torch.cat(shifts).round().tolist()) == {1.0, 2.0}
+
+
+def test_an_unreadable_sample_is_replaced_by_the_next_of_its_shape_and_counted(folder, tmp_path, caplog):
+    write(tmp_path)
+    reader = ShardReader(tmp_path)
+    offset = int(reader.columns["hq"][45][0])
+    with (tmp_path / "image-000000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 64)
+    *_, really = reader.read(45)
+    assert really == 46
+    assert list(reader.unreadable) == [45]
+    assert "sample 45 in image-000000.tar" in caplog.text
+    # Again, and in another process, it is the same; it is counted once.
+    assert reader.read(45)[-1] == ShardReader(tmp_path).read(45)[-1] == 46
+    assert len(reader.unreadable) == 1
+
+
+def test_a_shard_cut_short_is_refused_when_it_is_no_accident(tmp_path):
+    write(tmp_path)
+    with (tmp_path / "clip-000001.tar").open("r+b") as file:
+        file.truncate(4096)
+    reader = ShardReader(tmp_path)
+    with pytest.raises(CheckpointError, match=r"clip-000001\.tar.*cut short"):
+        for number in range(20, 40):
+            reader.read(number)
+
+
+def test_a_full_disk_leaves_no_half_shard_and_says_so(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_shard(tmp_path, "image-000000", [("0", pair(0, IMAGE))], SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_without_its_manifest_is_not_finished(folder, tmp_path):
+    assert is_finished(folder, "image-000000", SETTINGS)
+    write_shard(tmp_path, "image-000000", [("0", pair(0, IMAGE))], SETTINGS)
+    (tmp_path / "image-000000.json").unlink()
+    assert not is_finished(tmp_path, "image-000000", SETTINGS)
+    with pytest.raises(CheckpointError, match="image-000000 is not finished"):
+        build_index(tmp_path, ["image-000000"])
+
+
+def test_a_shard_made_with_other_settings_is_refused(folder):
+    with pytest.raises(SettingError, match="another degradation"):
+        is_finished(folder, "image-000000", {**SETTINGS, "degradation": "light"})
+
+
+def test_a_folder_without_an_index_names_the_stage_before(tmp_path):
+    with pytest.raises(CheckpointError, match="precompute"):
+        Latents(tmp_path, seed=0)
+
+
+def test_manifests_say_what_the_samples_were_made_with(folder):
+    assert json.loads((folder / "clip-000000.json").read_text())["settings"] == SETTINGS
+    assert ShardReader(folder).settings == SETTINGS

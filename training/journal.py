@@ -1,0 +1,102 @@
+"""What a run writes about itself: metrics, validation results and alerts, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
+
+METRICS, VALIDATION, ALERTS = "metrics.jsonl", "validation.jsonl", "alerts.jsonl"
+
+
+class Journal:
+    """The log files of a run directory, opened for appending; a context.
+
+    Args:
+        directory: of the run; None writes nothing, as all processes but the first do.
+        step: of the checkpoint that the run goes on from. What was written at later steps, by a process that was
+            killed before its next checkpoint, is dropped: it will be written again.
+        tensorboard: also write TensorBoard events. A sink that fails is dropped with a warning; it never stops a run.
+    """
+
+    def __init__(self, directory: Path | None, step: int, tensorboard: bool = False):
+        self.directory, self.step = directory, step
+        self.files: dict[str, TextIO] = {}
+        self.events = self._open_events() if tensorboard and directory else None
+
+    def __enter__(self) -> Journal:
+        if self.directory is not None:
+            # A row of metrics belongs to the step that begins at its number, a validation to the one that ended there.
+            trim(self.directory / METRICS, self.step)
+            trim(self.directory / VALIDATION, self.step + 1)
+            for name in (METRICS, VALIDATION, ALERTS):
+                self.files[name] = open(self.directory / name, "a", buffering=1, encoding="utf-8")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.events is not None:
+            self.events.close()
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        self._write(METRICS, row)
+        self._show("train", row)
+
+    def validation(self, row: Mapping[str, Any]) -> None:
+        log.info("%s", dict(row))
+        self._write(VALIDATION, row)
+        self._show("validation", row)
+
+    def alert(self, step: int, message: str, scalars: Mapping[str, Any] | None = None) -> None:
+        if self.directory is not None:
+            log.warning("Step %d: %s", step, message)
+        self._write(ALERTS, {"step": step, "message": message, "scalars": dict(scalars or {})})
+
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        if name in self.files:
+            self.files[name].write(json.dumps(row) + "\n")
+
+    def _open_events(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            log.warning("TensorBoard is not written: %s. Install tensorboard, or set run.tensorboard=false.", error)
+            return None
+        return SummaryWriter(str(self.directory))
+
+    def _show(self, group: str, row: Mapping[str, Any]) -> None:
+        if self.events is None:
+            return
+        try:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.events.add_scalar(f"{group}/{name}", value, row["step"])
+        except (OSError, RuntimeError, ValueError) as error:
+            log.warning("TensorBoard is written no longer: %s", error)
+            self.events = None
+
+
+def trim(path: Path, step: int) -> None:
+    """Drop the rows of a log from `step` on, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = [row for row in read(path) if row["step"] < step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log file; a last line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.debug("%s holds an unfinished line", path)
+    return rows

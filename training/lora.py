@@ -1,0 +1,491 @@
+"""Fine-tuning on one GPU: low-rank adapters on a frozen transformer. `python -m training.lora --config 3b_lora_24gb`
+
+Every linear layer of every block gets an adapter, y = W x + (alpha / r) B A x, of which only A and B are trained: by
+flow matching, or adversarially. In the latter, generator and discriminator are one frozen base with two sets of
+adapters; the discriminator has its readout beside them.
+
+peft is not used: our linear layers fuse an activation or a factor with the product, and peft would add to what comes
+after those. Files are in peft's format and names.
+
+    b clips   c channels   t h w latent frames, height, width   i o channels in and out of a layer   r rank
+
+Source: Hu et al., arXiv 2106.09685; SeedVR2 publishes nothing on adapters, all values here are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from seedvr2_core.diffusion.conditioning import with_mask
+from seedvr2_core.errors import CheckpointError
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig, Projection
+from seedvr2_core.models.linear import Activation, Linear, finish, from_fp8, to_fp8
+
+from . import config as configs
+from . import doctor, loop
+from .apt import CURRICULUM, AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .discriminator import Discriminator, Readout, tap_blocks
+from .guards import GuardConfig
+from .parallel import Arranged
+from .pretrain import NANO_DIT, Pretraining, PretrainStage
+from .randomness import key
+from .restorer import Restorer
+from .shards import Latents
+from .weights import open_restorer
+
+log = logging.getLogger(__name__)
+
+BaseType = Literal["fp32", "bf16", "fp8"]
+Objective = Literal["flow", "apt"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+# peft's names of a folder's files, and what it puts in front of a tensor's name.
+ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Size and strength of the adapters."""
+
+    rank: int = setting(32, "r", least=1, frozen=True)
+    alpha: float | None = setting(None, "numerator of the strength alpha / r; none: r", least=0)
+    base: BaseType = setting("bf16", "type of the frozen weights; fp8: e4m3 with a scale for every row")
+
+    @property
+    def strength(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTraining:
+    """Everything a run of this stage depends on."""
+
+    base: Path = setting(about="what is adapted: a run, a checkpoint, or nano, 3b, 7b")
+    model: DiTConfig = SEEDVR2_3B
+    objective: Objective = setting("flow", "flow matching, or adversarial post-training of a one-step base")
+    lora: LoraConfig = LoraConfig()
+    run: RunConfig
+    g: OptimConfig
+    d: OptimConfig | None = None  # of the discriminator's adapters and readout
+    guard: GuardConfig = GuardConfig()
+    batch: int = setting(1, "samples of a micro-batch", least=1, frozen=True)
+    text_dropout: float = setting(0.1, "flow matching: share of samples with the null prompt", least=0, most=1)
+    condition_noise: float = setting(0.25, "most noise in the condition", source="RC", least=0, most=1)
+    pure_noise: float = setting(0.0, "flow matching: share of samples at pure noise", least=0, most=1)
+    loss: LossConfig = LossConfig()
+    disc: DiscConfig = DiscConfig(backward="replay")
+    curriculum: tuple[Phase, ...] = CURRICULUM
+
+
+_FLOW = LoraTraining(
+    base=Path("3b"),
+    model=SEEDVR2_3B,
+    run=RunConfig(
+        steps=5000, micro_batches=8, ema=0.999, save_every=250, parallel=ParallelConfig(activation_checkpoint=True)
+    ),
+    g=OptimConfig(lr=1e-4, final_lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
+    # The published 3B and 7B take one step from pure noise; keep them at that while they learn new content.
+    pure_noise=0.5,
+)
+_GAN = OptimConfig(lr=2e-5, final_lr=2e-5, betas=(0.0, 0.99), weight_decay=0.0)
+_APT = replace(_FLOW, objective="apt", g=_GAN, d=_GAN, run=replace(_FLOW.run, steps=2000, ema=0.995))
+_SHORT = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 17)))
+_MIDDLE = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 21)))
+_7B = {"base": Path("7b"), "model": SEEDVR2_7B}
+_SMALL_RUN = RunConfig(steps=400, seed=6, ema=0.99, save_every=100, validate_every=200)
+RECIPES = {
+    "3b_lora_24gb": _FLOW,
+    "3b_lora_48gb": replace(_FLOW, lora=LoraConfig(rank=64)),
+    "7b_lora_24gb": replace(_FLOW, **_7B, lora=LoraConfig(base="fp8")),
+    "7b_lora_48gb": replace(_FLOW, **_7B),
+    "7b_lora_80gb": replace(_FLOW, **_7B, lora=LoraConfig(rank=64)),
+    "3b_lora_apt_24gb": replace(_APT, curriculum=_SHORT),
+    "3b_lora_apt_48gb": _APT,
+    "7b_lora_apt_48gb": replace(_APT, **_7B, curriculum=_MIDDLE),
+    "7b_lora_apt_80gb": replace(_APT, **_7B),
+    "nano": replace(
+        _FLOW, base=Path("nano"), model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
+        g=replace(_FLOW.g, lr=5e-4, final_lr=5e-5), batch=16, condition_noise=0.1,
+    ),
+    "nano_apt": replace(
+        _APT, base=Path("nano"), model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
+        batch=8, condition_noise=0.1, disc=DiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),),
+    ),
+}  # fmt: skip
+
+
+class Adapter(nn.Module):
+    """What is added to one layer: B A x, nothing at first."""
+
+    def __init__(self, i: int, o: int, rank: int):
+        super().__init__()
+        self.lora_A = nn.Linear(i, rank, bias=False)
+        self.lora_B = nn.Linear(rank, o, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The masters are fp32 and small; what passes through them is in the type of the base.
+        return F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
+
+
+class Adapters(nn.Module):
+    """One set of adapters, for all layers of a base. Its tensors have peft's names, less the prefix."""
+
+    def __init__(self, base: Base, config: LoraConfig):
+        super().__init__()
+        self.strength = config.strength
+        self.of_layer: dict[str, Adapter] = {}
+        for path, layer in base.layers.items():
+            adapter = Adapter(layer.in_features, layer.out_features, config.rank)
+            self.of_layer[path] = adapter
+            *folders, name = path.split(".")
+            place: nn.Module = self
+            for folder in folders:
+                if not hasattr(place, folder):
+                    place.add_module(folder, nn.Module())
+                place = place.get_submodule(folder)
+            place.add_module(name, adapter)
+
+    def added(self, path: str, x: Tensor) -> Tensor | None:
+        """What the adapter of a layer adds to its product; None at strength 0, where the base is itself to the bit."""
+        return self.strength * self.of_layer[path](x) if self.strength else None
+
+    def weight_of(self, path: str) -> Tensor:
+        """The same as a matrix o i, in fp32."""
+        adapter = self.of_layer[path]
+        return self.strength * (adapter.lora_B.weight.float() @ adapter.lora_A.weight.float())
+
+
+class AdaptedLinear(Linear):
+    """A frozen layer to whose product the set of adapters in use adds its part, before activation and factor."""
+
+    def __init__(self, layer: Linear, path: str, switch: Switch, fp8: bool):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.path, self.switch = path, switch
+        self.bias = layer.bias
+        weight, scale = to_fp8(layer.weight.detach()) if fp8 else (layer.weight.detach(), None)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("row_scale", scale, persistent=False)
+
+    def forward(self, x: Tensor, activation: Activation = "none", factor: Tensor | None = None) -> Tensor:
+        if self.row_scale is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = _Fp8Product.apply(x, self.weight, self.row_scale)
+            y = y if self.bias is None else y + self.bias
+        adapters = self.switch.adapters
+        added = None if adapters is None else adapters.added(self.path, x)
+        return finish(y if added is None else y + added, activation, factor)
+
+    def plain_weight(self) -> Tensor:
+        """The frozen weight o i in fp32."""
+        return self.weight.float() if self.row_scale is None else from_fp8(self.weight, self.row_scale, torch.float32)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x W^T of a frozen weight in fp8, which the backward pass unpacks again instead of keeping it unpacked."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.weight, ctx.scale = weight, scale
+        return F.linear(x, from_fp8(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ from_fp8(ctx.weight, ctx.scale, gradient.dtype), None, None
+
+
+class Switch:
+    """Which set of adapters the layers of a base use at the moment."""
+
+    def __init__(self) -> None:
+        self.adapters: Adapters | None = None
+
+    @contextmanager
+    def use(self, adapters: Adapters | None) -> Iterator[None]:
+        before, self.adapters = self.adapters, adapters
+        try:
+            yield
+        finally:
+            self.adapters = before
+
+
+class Base:
+    """A restorer that is frozen and has room for adapters in every linear layer of its blocks.
+
+    Not a module: what holds it does not train, average or save it.
+    """
+
+    def __init__(self, restorer: Restorer, dtype: BaseType = "fp32"):
+        """The restorer is converted and changed in place; where its type stays, so do its results, to the bit."""
+        self.restorer = restorer.to(DTYPES[dtype]).requires_grad_(False).eval()
+        self.switch = Switch()
+        self.layers: dict[str, AdaptedLinear] = {}
+        # Of the discriminator, which shows samples that differ by less than bf16 can tell.
+        self.exact_vid_in = _exact(restorer.dit.vid_in)
+        for path, layer in list(_linear_layers(restorer.dit)):
+            adapted = AdaptedLinear(layer, path, self.switch, fp8=dtype == "fp8")
+            parent, _, name = path.rpartition(".")
+            restorer.dit.get_submodule(parent).add_module(name, adapted)
+            self.layers[path] = adapted
+
+    @property
+    def dit(self) -> DiT:
+        return self.restorer.dit
+
+    def to(self, device: torch.device) -> Base:
+        self.restorer.to(device)
+        self.exact_vid_in.to(device)
+        return self
+
+    def blocks(self, adapters: Adapters | None) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+        """The layers of the transformer with a set of adapters, which a backward pass that recomputes them uses too."""
+        return [partial(self._run, adapters, block) for block in self.dit.blocks]
+
+    def _run(self, adapters: Adapters | None, block: nn.Module, *args: object) -> tuple[Tensor, Tensor]:
+        with self.switch.use(adapters):
+            return block(*args)
+
+    @torch.no_grad()
+    def merge(self, adapters: Adapters) -> Restorer:
+        """The restorer with the adapters added into its weights, in ordinary layers again. Ends this base."""
+        for path, layer in self.layers.items():
+            merged = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            weight = layer.plain_weight() + adapters.weight_of(path).to(layer.weight.device)
+            dtype = layer.weight.dtype if layer.row_scale is None else DTYPES["fp8"]
+            merged.weight, merged.bias = nn.Parameter(weight.to(dtype)), layer.bias
+            parent, _, name = path.rpartition(".")
+            self.dit.get_submodule(parent).add_module(name, merged)
+        self.layers = {}
+        return self.restorer
+
+
+def _linear_layers(dit: DiT) -> Iterator[tuple[str, Linear]]:
+    yield from ((f"blocks.{path}", part) for path, part in dit.blocks.named_modules() if isinstance(part, Linear))
+
+
+def _exact(projection: Projection) -> Projection:
+    weight = projection.proj.weight
+    copy = Projection(weight.shape[1], weight.shape[0]).to(weight.device)
+    copy.load_state_dict(projection.state_dict())
+    return copy.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What `parallel.Layers` takes as a transformer."""
+
+    blocks: Sequence[Callable[..., tuple[Tensor, Tensor]]]
+
+
+class AdaptedRestorer(Arranged):
+    """A base with a set of adapters, used like a `Restorer`. Its parameters are the adapters'."""
+
+    def __init__(self, base: Base, config: LoraConfig):
+        super().__init__()
+        self.adapters = Adapters(base, config)
+        self.shared = (base,)
+
+    @property
+    def base(self) -> Base:
+        return self.shared[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.restorer.device
+
+    def velocity(self, x: Tensor, condition: Tensor, u: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """See `Restorer.velocity`."""
+        prompt = self.base.restorer.prompt
+        drops = [False] * len(x) if dropped is None else dropped.tolist()
+        prompts = [prompt * (not drop) for drop in drops]
+        latents = torch.cat([x, with_mask(condition)], dim=1).to(prompt.dtype)
+        blocks = self.layers.of(_Blocks(self.base.blocks(self.adapters)))
+        return torch.stack(self.base.dit(latents, prompts, u, blocks=blocks)).to(x.dtype)
+
+
+class AdaptedDiscriminator(Discriminator):
+    """A base with a set of adapters and a readout. Its parameters are those two."""
+
+    def __init__(self, base: Base, config: LoraConfig):
+        Arranged.__init__(self)
+        self.shared = (base,)
+        self.config = base.dit.config
+        self.taps = tap_blocks(self.config.depth)
+        self.adapters = Adapters(base, config)
+        self.readout = Readout(self.config.dim, self.config.heads, len(self.taps))
+
+    @property
+    def base(self) -> Base:
+        return self.shared[0]
+
+    @property
+    def vid_in(self) -> nn.Module:
+        return self.base.exact_vid_in
+
+    @property
+    def txt_in(self) -> nn.Module:
+        return self.base.dit.txt_in
+
+    @property
+    def emb_in(self) -> nn.Module:
+        return self.base.dit.emb_in
+
+    @property
+    def blocks(self) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+        return self.base.blocks(self.adapters)
+
+
+class AdaptedAdversarialStage(AdversarialStage):
+    """Adversarial post-training of two sets of adapters on one base."""
+
+    def __init__(self, config: LoraTraining, latents: Latents, base: Base):
+        self.config, self.latents = post_training(config), latents
+        torch.manual_seed(key(config.run.seed, "lora/adapters"))
+        self.generator = AdaptedRestorer(base, config.lora)
+        self.discriminator = AdaptedDiscriminator(base, config.lora)
+        self.prompt = base.restorer.prompt.detach()
+        self.modules = {"d": self.discriminator, "g": self.generator}
+
+
+def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> PretrainStage:
+    """Flow matching of one set of adapters."""
+    torch.manual_seed(key(config.run.seed, "lora/adapters"))
+    as_pretraining = Pretraining(
+        model=config.model, run=config.run, optim=config.g, guard=config.guard, batch=config.batch,
+        text_dropout=config.text_dropout, condition_noise=config.condition_noise, pure_noise=config.pure_noise,
+    )  # fmt: skip
+    return PretrainStage(as_pretraining, latents, AdaptedRestorer(base, config.lora))
+
+
+def post_training(config: LoraTraining) -> PostTraining:
+    return PostTraining(
+        model=config.model, run=config.run, g=config.g, d=config.d or config.g, pretrained=config.base,
+        distilled=config.base, loss=config.loss, disc=config.disc, curriculum=config.curriculum, batch=config.batch,
+        condition_noise=config.condition_noise,
+    )  # fmt: skip
+
+
+# Adapters as files.
+
+
+def save_adapters(folder: Path, adapters: Adapters, config: LoraConfig, base: str) -> None:
+    """Write adapters as peft does: adapter_model.safetensors and adapter_config.json.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    tensors = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous().clone()
+               for name, tensor in adapters.state_dict().items()}  # fmt: skip
+    about = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.strength * config.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(adapters.of_layer),
+        "inference_mode": True,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{ADAPTER_FILE}.part"
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(folder / ADAPTER_FILE)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+
+
+def load_adapters(folder: Path, base: Base) -> Adapters:
+    """Read adapters that `save_adapters`, or peft, wrote for this base.
+
+    Raises:
+        CheckpointError: there are none, or they are for another model.
+    """
+    try:
+        about = json.loads((folder / ADAPTER_CONFIG).read_text())
+        tensors = load_file(folder / ADAPTER_FILE)
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds no adapters; expected {ADAPTER_CONFIG} and {ADAPTER_FILE}.") from error
+    adapters = Adapters(base, LoraConfig(rank=about["r"], alpha=about["lora_alpha"]))
+    _fill(adapters, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}, folder)
+    return adapters
+
+
+def _fill(adapters: Adapters, tensors: Mapping[str, Tensor], where: Path) -> None:
+    try:
+        adapters.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"The adapters in {where} are for another model: {str(error).splitlines()[-1].strip()}"
+                              ) from error
+
+
+def merged(run: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> Restorer:
+    """The base of a run of this stage with the adapters among `tensors` merged into it.
+
+    The base is merged in fp32, whatever type it had in training: it is rounded once.
+    """
+    saved = configs.load_saved(run) or {}
+    base = Base(open_restorer(saved["base"], torch.float32, device))
+    config = LoraConfig(**{**saved["lora"], "base": "fp32"})
+    adapters = Adapters(base, config)
+    own = {name.removeprefix("adapters."): tensor for name, tensor in tensors.items() if name.startswith("adapters.")}
+    _fill(adapters, own, run)
+    return base.merge(adapters).to(dtype)
+
+
+def workload(config: LoraTraining) -> doctor.Workload:
+    """What the doctor estimates: the frozen base as a helper, and one pass with gradients."""
+    restorer = doctor.on_meta(lambda: Restorer(config.model))
+    with torch.device("meta"):
+        base = Base(restorer, "bf16" if config.lora.base == "fp8" else config.lora.base)
+        adapted = AdaptedRestorer(base, config.lora)
+        x = torch.empty(config.batch, 16, *doctor.DEFAULT_SAMPLE)
+        u = torch.empty(config.batch)
+    return doctor.Workload(
+        trained={"g": (adapted, config.g)},
+        helpers={"base": restorer},
+        forward=lambda: adapted.velocity(x, x, u).square().mean(),
+        assists=lambda: None,
+        samples=config.batch,
+    )
+
+
+def main() -> None:
+    command = parse_command("lora", RECIPES)
+    config: LoraTraining = command.config
+    if command.dry_run:
+        print(doctor.estimate(config, workload(config)))
+        return
+    session = loop.open_session(command, config)
+    base = Base(open_restorer(config.base, DTYPES[config.lora.base]), config.lora.base).to(session.processes.device)
+    latents = Latents(command.data, config.run.seed)
+    if config.objective == "apt":
+        stage = AdaptedAdversarialStage(config, latents, base)
+        optims = {"d": config.d or config.g, "g": config.g}
+    else:
+        stage, optims = flow_matching(config, latents, base), {"g": config.g}
+    adapted = loop.run(stage, config, optims, command.out, session)
+    if session.processes.first:
+        save_adapters(command.out / "adapter", adapted.adapters, config.lora, str(config.base))
+        log.info("The adapters are in %s; merge them with: python -m training.export --run %s --out model.safetensors",
+                 command.out / "adapter", command.out)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

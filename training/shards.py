@@ -1,0 +1,450 @@
+"""Precomputed latents on disk, and the batches they make.
+
+A data set is a folder of plain tar shards, named and laid out as WebDataset does, with an index beside them:
+
+    images-000007.tar            KEY.hq.safetensors, KEY.lq0.safetensors, ..., KEY.txt.safetensors, KEY.json
+    images-000007.json           its manifest, written last: a shard without one is not finished
+    index/offset.npy ...         a column of every property of a sample, memory-mapped
+    index/about.json             buckets, shards, scale, and the settings all of it was made with
+
+Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`).
+"""
+# n samples   c t h w latent channels, frames, height, width   l c text tokens and channels
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from seedvr2_core.errors import CheckpointError, SettingError
+from seedvr2_core.video.geometry import Grid
+from training.buckets import BATCH_TOKENS, Batch, BatchPlan, Tail, batch_size, members_of
+from training.data import UNREADABLE_SHARE
+from training.randomness import rng
+
+log = logging.getLogger(__name__)
+
+INDEX, ABOUT = "index", "about.json"
+# Tensors of every file inside a shard have this name.
+TENSOR = "latent"
+# Samples of each kind that are kept out of training, the first ones.
+HELD_OUT = 16
+# Columns of the index, one .npy file each; those of the degraded latents have a second axis, the variant.
+COLUMNS = {"shard": np.int32, "bucket": np.int32, "kind": np.int32, "hq": np.int64, "lq": np.int64, "txt": np.int64,
+           "about": np.int64}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where the bytes of one file inside a shard lie."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One sample: latents c t h w in the autoencoder's own scale."""
+
+    hq: Tensor
+    lq: list[Tensor]  # a latent for every degraded version
+    about: Mapping[str, Any]  # ready for JSON
+    text: Tensor | None = None  # embedding l c of its own caption
+
+
+def write_shard(directory: Path, name: str, pairs: Iterable[tuple[str, Pair]], settings: Mapping[str, Any]) -> None:
+    """Write one shard, its tar first and its manifest last, each whole or not at all.
+
+    Args:
+        directory: of the data set; made if missing.
+        name: KIND-NUMBER, "images-000007".
+        pairs: key and sample, in order. All have as many degraded versions.
+        settings: what they were made with; shards of one data set agree on it.
+
+    Raises:
+        CheckpointError: the disk is full, or cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, total, squares, count = [], 0.0, 0.0, 0
+    part = directory / f".{name}.{os.getpid()}.part"
+    try:
+        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, pair in pairs:
+                files = {f"{key}.hq.safetensors": to_bytes({TENSOR: pair.hq})}
+                files |= {f"{key}.lq{i}.safetensors": to_bytes({TENSOR: lq}) for i, lq in enumerate(pair.lq)}
+                if pair.text is not None:
+                    files[f"{key}.txt.safetensors"] = to_bytes({TENSOR: pair.text})
+                files[f"{key}.json"] = json.dumps(pair.about).encode()
+                places = [_add(tar, file, content) for file, content in files.items()]
+                rows.append({"key": key, "shape": list(pair.hq.shape[1:]), "variants": len(pair.lq),
+                             "text": pair.text is not None, "places": places})  # fmt: skip
+                values = pair.hq.double()
+                total, squares, count = total + values.sum().item(), squares + values.square().sum().item(), (
+                    count + values.numel()
+                )
+        part.replace(directory / f"{name}.tar")
+        manifest = {"settings": settings, "rows": rows, "sum": total, "squares": squares, "count": count}
+        _write_json(directory / f"{name}.json", manifest)
+    except OSError as error:
+        raise CheckpointError(f"The shard {name} cannot be written to {directory} ({error.strerror}); make room and "
+                              "run the command again, finished shards are kept.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> Place:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    # A header takes one block; the bytes follow it. Times and owners stay zero, so that equal samples are equal files.
+    place = Place(tar.offset + tarfile.BLOCKSIZE, len(content))
+    tar.addfile(info, io.BytesIO(content))
+    return place
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(value))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_finished(directory: Path, name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a shard is there already, made with these settings.
+
+    Raises:
+        SettingError: it was made with other settings.
+    """
+    manifest = directory / f"{name}.json"
+    if not manifest.exists() or not (directory / f"{name}.tar").exists():
+        return False
+    made_with = json.loads(manifest.read_text())["settings"]
+    wanted = json.loads(json.dumps(settings))
+    if made_with != wanted:
+        changed = [name for name in wanted if made_with.get(name) != wanted[name]] or ["settings"]
+        raise SettingError(f"{directory} was made with another {changed[0]} ({made_with.get(changed[0])}, now "
+                           f"{wanted.get(changed[0])}); use another folder, or remove that one.")
+    return True
+
+
+def build_index(directory: Path, names: Iterable[str]) -> None:
+    """Gather the manifests of all shards into columns, under their final name whole or not at all.
+
+    Args:
+        directory: of the data set.
+        names: of its shards, in the order of the samples.
+
+    Raises:
+        CheckpointError: a shard is missing, or shards do not belong together.
+    """
+    names = list(names)
+    manifests = {name: _manifest(directory, name) for name in names}
+    kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
+    rows = [(shard, kinds.index(name.rsplit("-", 1)[0]), row)
+            for shard, name in enumerate(names) for row in manifests[name]["rows"]]  # fmt: skip
+    if len({row["variants"] for _, _, row in rows}) != 1:
+        raise CheckpointError(f"{directory} holds samples with different numbers of degraded versions, or none at all; "
+                              "precompute them with one setting.")
+    buckets = sorted({tuple(row["shape"]) for _, _, row in rows})
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    for shard, kind, row in rows:
+        hq, *rest = row["places"]
+        lq, rest = rest[: row["variants"]], rest[row["variants"] :]
+        text = rest[0] if row["text"] else Place(0, 0)
+        bucket = buckets.index(tuple(row["shape"]))
+        values = (shard, bucket, kind, hq, lq, text, rest[-1])
+        for name, value in zip(COLUMNS, values, strict=True):
+            columns[name].append(value)
+    count = sum(manifest["count"] for manifest in manifests.values())
+    mean = sum(manifest["sum"] for manifest in manifests.values()) / count
+    variance = sum(manifest["squares"] for manifest in manifests.values()) / count - mean**2
+    about = {"shards": names, "kinds": kinds, "buckets": buckets, "samples": len(rows),
+             "scale": 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"]}  # fmt: skip
+    part = directory / f".{INDEX}.{os.getpid()}.part"
+    part.mkdir()
+    try:
+        for name, dtype in COLUMNS.items():
+            np.save(part / f"{name}.npy", np.asarray(columns[name], dtype=dtype))
+        _write_json(part / ABOUT, about)
+        shutil.rmtree(directory / INDEX, ignore_errors=True)
+        part.replace(directory / INDEX)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _manifest(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((directory / f"{name}.json").read_text())
+    except OSError as error:
+        raise CheckpointError(f"The shard {name} is not finished in {directory}; run `python -m training.precompute` "
+                              "for it first.") from error
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """One batch: latents b c t h w in unit variance, and what goes with them."""
+
+    hq: Tensor
+    lq: Tensor
+    texts: list[Tensor | None]  # embedding l c of each sample's caption, where it has one
+    ids: np.ndarray  # of the samples, in the index of the data set
+    bucket: Grid
+
+
+class ShardReader:
+    """The samples of a data set by their number. One that cannot be read is replaced by the next of its bucket, always
+    by the same, and counted."""
+
+    def __init__(self, directory: Path):
+        try:
+            about = json.loads((directory / INDEX / ABOUT).read_text())
+        except OSError as error:
+            raise CheckpointError(f"{directory} holds no finished latents; run `python -m training.precompute` first."
+                                  ) from error
+        self.directory = directory
+        self.columns = {name: np.load(directory / INDEX / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+        self.shards: list[str] = about["shards"]
+        self.buckets = [Grid(*shape) for shape in about["buckets"]]
+        self.kinds: list[str] = about["kinds"]
+        self.scale: float = about["scale"]
+        self.settings: Mapping[str, Any] = about["settings"]
+        self.variants = self.columns["lq"].shape[1]
+        self.unreadable: dict[int, str] = {}  # and why
+        self._files: dict[int, BinaryIO] = {}
+
+    def __len__(self) -> int:
+        return len(self.columns["shard"])
+
+    def read(self, number: int, variant: int = 0) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Clean and degraded latent c t h w, the text of the sample if it has its own, and the number it really is.
+
+        Raises:
+            CheckpointError: so many samples are unreadable that it is no accident.
+        """
+        for candidate in self._with_substitutes(number):
+            if candidate in self.unreadable:
+                continue
+            try:
+                hq = self._tensor(candidate, self.columns["hq"][candidate])
+                lq = self._tensor(candidate, self.columns["lq"][candidate, variant])
+                place = self.columns["txt"][candidate]
+                return hq, lq, self._tensor(candidate, place) if place[1] else None, candidate
+            except (OSError, SafetensorError, KeyError) as error:
+                self._count(candidate, error)
+        raise CheckpointError(f"No sample of {self.directory} that has the shape of sample {number} can be read.")
+
+    def about(self, number: int) -> dict[str, Any]:
+        """What the sample was made from, and every parameter of its degradations."""
+        return json.loads(self._bytes(number, self.columns["about"][number]))
+
+    def _with_substitutes(self, number: int) -> Iterable[int]:
+        yield number
+        same = np.flatnonzero(self.columns["bucket"] == self.columns["bucket"][number])
+        after = int(np.searchsorted(same, number, side="right"))
+        yield from (int(same[(after + i) % len(same)]) for i in range(len(same) - 1))
+
+    def _count(self, number: int, error: Exception) -> None:
+        shard = self.shards[self.columns["shard"][number]]
+        self.unreadable[number] = f"sample {number} in {shard}.tar: {error}"
+        log.warning("Unreadable and replaced by the next of its shape: %s", self.unreadable[number])
+        if len(self.unreadable) > max(1, UNREADABLE_SHARE * len(self)):
+            raise CheckpointError(
+                f"{len(self.unreadable)} of {len(self)} samples of {self.directory} cannot be read, the last was "
+                f"{self.unreadable[number]}. Remove the shard's .tar and .json and precompute it again."
+            ) from error
+
+    def _tensor(self, number: int, place: np.ndarray) -> Tensor:
+        return load(self._bytes(number, place))[TENSOR]
+
+    def _bytes(self, number: int, place: np.ndarray) -> bytes:
+        shard = int(self.columns["shard"][number])
+        if shard not in self._files:
+            self._files[shard] = (self.directory / f"{self.shards[shard]}.tar").open("rb")
+        offset, size = map(int, place)
+        self._files[shard].seek(offset)
+        content = self._files[shard].read(size)
+        if len(content) != size:
+            raise OSError(f"{len(content)} of {size} bytes at {offset}, the file is cut short")
+        return content
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+class Latents:
+    """Precomputed pairs as training takes them, scaled to unit variance.
+
+    `batch` takes the kinds of sample in turn and draws with replacement. `planned` follows a plan: every sample once an
+    epoch, one shape a batch, as many samples as a budget of tokens allows. Both depend on (seed, step) alone.
+
+    Also reads a folder of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}.
+
+    Raises:
+        CheckpointError: the directory holds no latents.
+    """
+
+    def __init__(self, directory: Path, seed: int, device: torch.device | str = "cpu"):
+        self.seed, self.device = seed, torch.device(device)
+        plain = sorted(directory.glob("*.safetensors"))
+        self.store: _Store = _PlainFiles(plain) if plain else _Shards(ShardReader(directory))
+        self.scale = self.store.scale
+        kinds = np.asarray(self.store.kind_of)
+        self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        self._plan: tuple[tuple, BatchPlan] | None = None
+        # Every kind and shape apart, {"hq": n c t h w, "lq": the same}, not scaled, read when indexed by samples.
+        # Held-out samples are among the first HELD_OUT of each; where there are no others, the shape is left out.
+        self.kinds = self.store.by_shape()
+
+    def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
+        """Clean and degraded latents b c t h w of one micro-batch, of one shape."""
+        return self._drawn(self._kinds[step % len(self._kinds)][HELD_OUT:], "order", step, size, micro)
+
+    def _drawn(self, ids: np.ndarray, purpose: str, step: int, size: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Random ones of `ids`, with replacement, all of the shape of the first."""
+        draw = rng(self.seed, purpose, step, micro)
+        chosen = ids[draw.integers(0, len(ids), size)]
+        shapes = self.store.bucket_of
+        if (shapes[chosen] != shapes[chosen[0]]).any():
+            same = ids[shapes[ids] == shapes[chosen[0]]]
+            chosen = same[draw.integers(0, len(same), size)]
+        found = self._gather(chosen, step, micro * size)
+        return found.hq, found.lq
+
+    def planned(
+        self,
+        step: int,
+        budget: int = BATCH_TOKENS,
+        *,
+        micro: int = 0,
+        micros: int = 1,
+        image_share: float | None = None,
+        tail: Tail = "drop",
+    ) -> LatentBatch:
+        """A micro-batch of the batch of a step, by the plan of `plan` with the same arguments.
+
+        The batch is dealt to `micros` micro-batches in equal parts, whoever computes them.
+        """
+        batch = self.plan(budget, micros, image_share, tail)(step)
+        slots = batch.slots(micro, micros)
+        return self._gather(batch.ids[slots.start : slots.stop], step, slots.start, batch)
+
+    def plan(
+        self, budget: int = BATCH_TOKENS, multiple: int = 1, image_share: float | None = None, tail: Tail = "drop"
+    ) -> BatchPlan:
+        """The plan of all batches; see `BatchPlan`. `budget` is tokens in a batch, `multiple` what its size divides by.
+
+        Held-out samples are in none.
+        """
+        wanted = (budget, multiple, image_share, tail)
+        if self._plan is None or self._plan[0] != wanted:
+            free = np.ones(len(self.store.bucket_of), bool)
+            free[np.concatenate([kind[:HELD_OUT] for kind in self._kinds])] = False
+            column = np.where(free, self.store.bucket_of, -1)
+            members = members_of(self.store.buckets, column)
+            sizes = {bucket: batch_size(bucket, budget, multiple) for bucket in members}
+            self._plan = wanted, BatchPlan(members, sizes, self.seed, tail, image_share)
+        return self._plan[1]
+
+    def held_out(self) -> list[tuple[Tensor, Tensor]]:
+        """Clean and degraded latents that no batch holds, of every kind and shape."""
+        pairs = []
+        for kind in self._kinds:
+            ids = kind[:HELD_OUT]
+            for bucket in np.unique(self.store.bucket_of[ids]):
+                found = self._gather(ids[self.store.bucket_of[ids] == bucket], 0)
+                pairs.append((found.hq, found.lq))
+        return pairs
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Samples that had to be replaced so far, and why."""
+        return self.store.unreadable
+
+    def _gather(self, ids: np.ndarray, step: int, first_slot: int = 0, batch: Batch | None = None) -> LatentBatch:
+        draws = (rng(self.seed, "variant", step, first_slot + slot) for slot in range(len(ids)))
+        variants = [int(draw.integers(self.store.variants)) if self.store.variants > 1 else 0 for draw in draws]
+        hq, lq, texts, really = zip(*map(self.store.read, map(int, ids), variants), strict=True)
+        bucket = batch.bucket if batch else self.store.buckets[self.store.bucket_of[ids[0]]]
+        stacked = [torch.stack(part).to(self.device).float() * self.scale for part in (hq, lq)]
+        return LatentBatch(*stacked, list(texts), np.asarray(really), bucket)
+
+
+class _Shards:
+    """A `ShardReader` with what `Latents` asks for."""
+
+    def __init__(self, reader: ShardReader):
+        self.read: Callable[[int, int], tuple] = reader.read
+        self.scale, self.variants, self.buckets = reader.scale, reader.variants, reader.buckets
+        self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
+        self.unreadable = reader.unreadable
+
+    def by_shape(self) -> list[dict[str, Column]]:
+        kind_of = np.asarray(self.kind_of)
+        groups = []
+        for kind in np.unique(kind_of):
+            for bucket in np.unique(self.bucket_of[kind_of == kind]):
+                ids = np.flatnonzero((kind_of == kind) & (self.bucket_of == bucket))
+                if len(ids) > HELD_OUT:
+                    columns = (Column(self.read, ids, self.buckets[bucket], place) for place in (0, 1))
+                    groups.append(dict(zip(("hq", "lq"), columns, strict=True)))
+        return groups
+
+
+class Column:
+    """Latents of samples of one shape, like a tensor n c t h w that is read where it is indexed; of degraded latents,
+    the first variant."""
+
+    def __init__(self, read: Callable[[int, int], tuple], ids: np.ndarray, bucket: Grid, place: int):
+        self.read, self.ids, self.place = read, ids, place
+        channels = read(int(ids[0]), 0)[place].shape[0]
+        self.shape = torch.Size((len(ids), channels, *bucket))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        chosen = self.ids[index.numpy() if isinstance(index, Tensor) else index]
+        return torch.stack([self.read(int(number), 0)[self.place].float() for number in chosen])
+
+
+class _PlainFiles:
+    """All pairs in memory, from plain files."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self.kinds = [load_file(path) for path in paths]
+        counts = [len(kind["hq"]) for kind in self.kinds]
+        self.variants, self.unreadable = 1, {}
+        self.buckets = sorted({Grid(*kind["hq"].shape[2:]) for kind in self.kinds})
+        self.kind_of = np.repeat(np.arange(len(counts)), counts)
+        of_kind = np.array([self.buckets.index(Grid(*kind["hq"].shape[2:])) for kind in self.kinds])
+        self.bucket_of = of_kind[self.kind_of]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.scale = 1 / torch.cat([kind["hq"].flatten() for kind in self.kinds]).std().item()
+
+    def by_shape(self) -> list[dict[str, Tensor]]:
+        return self.kinds
+
+    def read(self, number: int, variant: int = 0) -> tuple[Tensor, Tensor, None, int]:
+        kind = self.kinds[self.kind_of[number]]
+        place = number - self.starts[self.kind_of[number]]
+        return kind["hq"][place], kind["lq"][place], None, number
+
+
+_Store = _Shards | _PlainFiles

@@ -1,0 +1,153 @@
+"""What a stage starts from: a run of the stage before, a checkpoint file, or a published model by its name.
+
+    l text tokens   c channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedvr2_core.checkpoints import load_dit, load_prompts, load_vae
+from seedvr2_core.checkpoints.folders import NAMED, pick
+from seedvr2_core.errors import CheckpointError
+from seedvr2_core.models.dit import DiTConfig
+from seedvr2_core.models.vae import VAEConfig, VideoVAE
+from seedvr2_core.models.windows import WindowConfig
+from seedvr2_core.video.geometry import Grid
+
+from . import config as configs
+from . import state
+from .restorer import Restorer
+
+NAMES = ("nano", *NAMED)
+# Of a run of `training.lora`: what it adapts, and the prefix of the adapters' tensors.
+BASE_KEY = "base"
+
+
+def published(where: str | Path, kind: str) -> Path:
+    """The file of a transformer ("dit") or an autoencoder ("vae"): a path, or the one that a name stands for.
+
+    Raises:
+        CheckpointError: there is no such file, or the named model is not on this machine.
+    """
+    if str(where) in NAMES:
+        dit, vae = pick(str(where))
+        return dit if kind == "dit" else vae
+    path = Path(where)
+    if not path.exists():
+        raise CheckpointError(f"{path} is neither a run directory, a checkpoint nor one of {', '.join(NAMES)}; run the "
+                              "stage before, or fetch a published model with: seedvr2 download 3b")
+    return path
+
+
+def is_run(where: str | Path) -> bool:
+    """Whether a path is the directory of a run."""
+    return str(where) not in NAMES and Path(where).is_dir()
+
+
+def open_vae(where: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VideoVAE:
+    """An autoencoder: the averaged weights of a run of `training.vae`, a checkpoint, or that of a published model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not is_run(where):
+        return load_vae(published(where, "vae"), dtype, device)
+    return build_vae(Path(where), state.load_averaged(Path(where))).to(device, dtype)
+
+
+def build_vae(run: Path, tensors: Mapping[str, Tensor]) -> VideoVAE:
+    """The autoencoder of a run, with these weights of it."""
+    with torch.device("meta"):
+        vae = VideoVAE(vae_config(run))
+    _load(vae, tensors, run)
+    return vae.eval()
+
+
+def open_restorer(
+    where: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Restorer:
+    """A transformer with its prompt: the averaged weights of a run, a checkpoint, or a published model.
+
+    A published model brings its positive prompt, which a run of fine-tuning may go on training. A run of
+    `training.lora` is opened merged.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if is_run(where):
+        tensors = state.load_averaged(Path(where))
+        saved = configs.load_saved(Path(where)) or {}
+        if saved.get(BASE_KEY) is not None:
+            from .lora import merged  # it builds on this file
+
+            return merged(Path(where), tensors, dtype, device)
+        return build_restorer(Path(where), tensors).to(device, dtype)
+    path = published(where, "dit")
+    dit = load_dit(path, dtype, device)
+    prompt = load_prompts(path).positive
+    restorer = empty_restorer(dit.config, len(prompt))
+    restorer.dit = dit
+    restorer.prompt = nn.Parameter(prompt.to(device, dtype))
+    return restorer
+
+
+def build_restorer(run: Path, tensors: Mapping[str, Tensor]) -> Restorer:
+    """The transformer of a run, with these weights of it, and its prompt."""
+    restorer = empty_restorer(dit_config(run), len(tensors.get("prompt", ())))
+    _load(restorer, tensors, run)
+    restorer.dit.reset_frequencies()
+    return restorer
+
+
+def open_negative(where: str | Path) -> Tensor | None:
+    """The negative prompt l c of a checkpoint or published model, or None where it has none."""
+    return None if is_run(where) else load_prompts(published(where, "dit")).negative
+
+
+def empty_restorer(config: DiTConfig, prompt_tokens: int) -> Restorer:
+    """A restorer whose weights have no values yet: nothing is spent on drawing billions that are overwritten."""
+    with torch.device("meta"):
+        restorer = Restorer(config)
+        restorer.prompt = nn.Parameter(torch.empty(prompt_tokens, config.text_dim))
+    return restorer
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
+    computed = {name: torch.zeros(tensor.shape) for name, tensor in module.state_dict().items() if name not in tensors}
+    try:
+        # What is computed and not trained is not among the averages; whoever owns it fills it in.
+        module.load_state_dict({**computed, **tensors}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{run} holds weights of another stage or model: {str(error).splitlines()[-1].strip()}"
+                              ) from error
+
+
+def dit_config(run: Path) -> DiTConfig:
+    """What the transformer of a run was built from."""
+    saved = dict(_saved_model(run))
+    windows = dict(saved.pop("windows"))
+    return DiTConfig(
+        **saved,
+        windows=WindowConfig(
+            splits=Grid(*windows["splits"]), train_area=tuple(windows["train_area"]), max_t=windows["max_t"]
+        ),
+    )
+
+
+def vae_config(run: Path) -> VAEConfig:
+    """What the autoencoder of a run was built from."""
+    saved = _saved_model(run)
+    return VAEConfig(**{**saved, "widths": tuple(saved["widths"])})
+
+
+def _saved_model(run: Path) -> Mapping[str, Any]:
+    saved = configs.load_saved(run)
+    if not saved or "model" not in saved:
+        raise CheckpointError(f"{run} holds no {configs.CONFIG_FILE} that names a model; it is no run of a stage.")
+    return saved["model"]
