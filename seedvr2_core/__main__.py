@@ -31,15 +31,15 @@ from .checkpoints.download import NAMES, download
 from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
 from .errors import SeedVR2Error, SettingError
+from .memory.plan import parse_bytes
+from .models.linear import PACKING_NAMES
 from .pipeline import Report, Settings, load_models, restore_file
+from .progress import Overall
 from .video.color import COLOR_METHODS
 from .video.files import probe
 from .video.geometry import Target
 
 log = logging.getLogger(__name__)
-
-# Roughly how the time of a restoration is shared, so that the bar moves evenly.
-SHARES = {"encode": 0.25, "restore": 0.15, "decode": 0.6}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,13 +85,19 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--size", type=_width_x_height, metavar="WxH", help="exactly this width and height")
     size.add_argument("--same", action="store_true", help="restore without enlarging")
     parser.add_argument("--color", choices=COLOR_METHODS, default=Settings.color, help="how colours follow the source")
+    parser.add_argument(
+        "--strength", type=float, default=Settings.strength, help="0..1; below 1 the enlarged source shows through"
+    )
     parser.add_argument("--seed", type=int, default=Settings.seed, help="same seed, same result")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="sampling steps; SeedVR2 needs one")
     parser.add_argument("--cfg", type=float, default=Settings.cfg, help="guidance, for the multi-step SeedVR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type to compute in")
+    parser.add_argument("--packing", choices=PACKING_NAMES, default="auto", help="of linear layers; fp8 is opt-in")
+    parser.add_argument("--kernels", action="store_true", help="try our own GPU kernels, unproven so far")
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default=Settings.attention, help="implementation")
     parser.add_argument("--chunk", type=_auto_or_int, default=None, metavar="auto|N", help="frames seen at once")
+    parser.add_argument("--memory-limit", metavar="8G", help="memory to use at most (default: what is free)")
     parser.add_argument("--fps", type=_rate, default=Fraction(24), help="frame rate of a folder of images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report of the run")
 
@@ -101,14 +107,17 @@ def run_restore(args: argparse.Namespace) -> None:
     settings = Settings(
         target=_target(args),
         color=args.color,
+        strength=args.strength,
         seed=args.seed,
         steps=args.steps,
         cfg=args.cfg,
         attention=args.attention,
         chunk=args.chunk,
+        memory_limit=None if args.memory_limit is None else parse_bytes(args.memory_limit),
     )
     probe(args.input)  # a wrong input is refused before gigabytes are loaded
-    models = load_models(*pick(args.model, args.vae), device, pick_dtype(args.dtype, device))
+    dtype = pick_dtype(args.dtype, device)
+    models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
     with Bar() as bar:
         report = restore_file(args.input, args.output, models, settings, bar, args.fps)
     log.info("%s: %d frames in %.1f s", report.destination, report.frames, report.seconds)
@@ -156,7 +165,7 @@ class Bar:
     """
 
     def __enter__(self) -> Bar:
-        self._done = dict.fromkeys(SHARES, 0.0)
+        self._overall = Overall()
         self._bar: tqdm | None = None
         return self
 
@@ -167,14 +176,12 @@ class Bar:
     def __call__(self, stage: str, done: float, total: int | None) -> None:
         if self._bar is None:
             form = "{desc:8} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(total=100, bar_format=form)
-        self._done[stage] = done
+            self._bar = tqdm(total=100, bar_format=form, miniters=0)
+        share = self._overall(stage, done, total)
         self._bar.set_description_str(stage, refresh=False)
-        if total:
-            share = sum(SHARES[name] * min(1.0, value / total) for name, value in self._done.items())
-            self._bar.n = 100 * share
-        self._bar.set_postfix_str(f"{int(self._done['decode'])}/{total or '?'} frames", refresh=False)
-        self._bar.refresh()
+        self._bar.set_postfix_str(f"{int(self._overall.done['decode'])}/{total or '?'} frames", refresh=False)
+        # Drawn a few times a second, however often there is progress.
+        self._bar.update(max(0.0, 100 * (share or 0.0) - self._bar.n))
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

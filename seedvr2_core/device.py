@@ -58,7 +58,9 @@ def _cpu_has_bf16() -> bool:
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device, in bytes; a guess where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for later is free as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -6,6 +6,9 @@ works on chunks that share two latents, which are cross-faded; its noise belongs
 
 Files are read and written by threads of their own; frames go to the device, and from it to a file, as whole numbers.
 
+How much is computed at once is planned beforehand. Where memory runs out all the same, the rest is done by a smaller
+plan, from the step that failed on.
+
     T H W frames as shown   c channels, 3 or 4 with alpha   b c t h w latents
 """
 
@@ -17,11 +20,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,69 +35,70 @@ from .device import free_bytes
 from .diffusion.conditioning import augment, frame_noise, with_mask
 from .diffusion.sampler import guide, sample
 from .errors import MediaError, SettingError
+from .kernels import Choices, choices_for
+from .memory.plan import MemoryPlan, Stage, describe, make_plan, step_down
+from .memory.stages import Work, reach, resident_bytes
+from .memory.streaming import StreamedBlocks, new_state, placed
 from .models.dit import DiT, DiTConfig, Layout, make_layout
 from .models.dit import token_grid as token_grid_of
 from .models.linear import pack
+from .models.tiling import TiledVAE
 from .models.vae import CausalState, VideoVAE, posterior
 from .models.vae_fast import FastOptions, FastVAE
+from .models.windows import WindowConfig
 from .video.alpha import upscale_alpha
 from .video.chunks import OVERLAP, crossfade, overlapping
 from .video.color import ColorTransfer
 from .video.files import MediaInfo, Moment, open_reader, open_writer, probe
 from .video.geometry import (
     LATENT_FRAMES,
+    LATENT_PIXELS,
     Grid,
     Target,
     crop,
-    latent_grid,
     mirror_indices,
     pad_to_multiple,
     padded_length,
-    padded_size,
     resize,
     to_clip,
     to_floats,
     to_frames,
-    token_grid,
 )
 from .video.threads import read_ahead, write_behind
 from .video.transfers import download, upload
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["encode", "restore", "decode"]
 # on_progress(stage, done, total): frames, of which `total` is None where nobody knows. It may raise to cancel.
 OnProgress = Callable[[Stage, float, int | None], None]
 Frames = Iterable[Tensor]
+T = TypeVar("T")
 
 # Frames encoded at a time. More would be a little faster and take proportionally more memory.
 PIECE = LATENT_FRAMES
 # Frames read before they are needed, and finished ones that wait to be written; both as whole numbers.
 READ_AHEAD = WRITE_BEHIND = 2 * PIECE
-# Share of the free memory that the transformer's activations may take when the chunk is chosen automatically.
-MEMORY_SHARE = 0.4
-# Latents in an automatic chunk: below, there is little to see in time; above, nothing is gained.
-SHORTEST, LONGEST = 5, 32
 # Condition noise of the multi-step SeedVR, in its published script; SeedVR2 has none.
 MULTI_STEP_NOISE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What a restoration runs on. All parts lie on one device and have one type."""
+    """What a restoration runs on. Both models lie on one device. A single stage needs no more than its own."""
 
-    dit: DiT
-    vae: VideoVAE | FastVAE
-    prompts: Prompts
+    dit: DiT | None
+    vae: VideoVAE | FastVAE | TiledVAE | None
+    prompts: Prompts | None  # of the transformer
     label: str  # for people
+    choices: Choices | None = None  # who says where our own kernels run; None: nowhere
 
     @property
     def device(self) -> torch.device:
-        return self.dit.txt_in.weight.device
+        return (self.vae if self.dit is None else self.dit.txt_in.weight).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dit.txt_in.weight.dtype
+        return (self.vae if self.dit is None else self.dit.txt_in.weight).dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +110,27 @@ class Settings:
     seed: int = 0
     steps: int = 1  # SeedVR2 was distilled to one
     cfg: float = 1.0  # guidance towards the positive prompt; 1 is none
+    condition_noise: float | None = None  # 0..1, of the degraded latent; None: none for one step, else as published
+    strength: float = 1.0  # 0..1; below 1 the enlarged source shows through
+    windows: WindowConfig | None = None  # of the attention; None: as the model was trained
     attention: str = "auto"  # one of ATTENTION_NAMES
     chunk: int | None = None  # frames in one pass of the transformer; None chooses by free memory
+    memory_limit: int | None = None  # bytes on the device, weights included; None: what is free
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SettingError(f"steps is {self.steps}; at least 1 step is needed.")
         if not 1 <= self.cfg < math.inf:
             raise SettingError(f"cfg is {self.cfg:g}; guidance is a number from 1, which is none.")
+        for name in ("strength", "condition_noise"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise SettingError(f"{name} is {share:g}; it is a share from 0 to 1.")
         shortest = LATENT_FRAMES * OVERLAP + 1
         if self.chunk is not None and self.chunk < shortest:
             raise SettingError(f"A chunk of {self.chunk} frames is too short; use {shortest} or more.")
+        if self.memory_limit is not None and self.memory_limit <= 0:
+            raise SettingError(f"The memory limit is {self.memory_limit} bytes; it has to be a number above zero.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +147,33 @@ class Report:
     chunk: int  # frames
 
 
-def load_models(dit: Path, vae: Path, device: torch.device, dtype: torch.dtype) -> Models:
+def load_models(
+    dit: Path, vae: Path, device: torch.device, dtype: torch.dtype, packing: str = "auto", kernels: bool = False
+) -> Models:
     """Load a transformer with its prompts, and an autoencoder.
+
+    Args:
+        packing: of the transformer's linear layers, one of PACKING_NAMES; "fp8" is faster on new GPUs and less exact.
+        kernels: try our own GPU kernels and use those that agree with the library and are faster. Not the default
+            until they have been proven on a GPU.
 
     Raises:
         CheckpointError: a file is missing, damaged or something else.
     """
     # The large file comes last, so that a mistake in the others shows at once.
-    prompts, autoencoder = load_prompts(dit), FastVAE(load_vae(vae, dtype, device), fast_options(device))
-    transformer = pack(load_dit(dit, dtype, device))
-    return Models(dit=transformer, vae=autoencoder, prompts=prompts, label=inspect(dit).label)
+    choices = choices_for(device) if kernels else None
+    options = replace(fast_options(device), choices=choices)
+    prompts, autoencoder = load_prompts(dit), FastVAE(load_vae(vae, dtype, device), options)
+    content = inspect(dit)
+    if device.type == "cuda" and content.parameters * dtype.itemsize > free_bytes(device):
+        # Its blocks wait on the host until the plan of a clip says which of them may stay on the device.
+        transformer = load_dit(dit, dtype)
+        for name, part in transformer.named_children():
+            if name != "blocks":
+                part.to(device)
+    else:
+        transformer = pack(load_dit(dit, dtype, device), packing)
+    return Models(dit=transformer, vae=autoencoder, prompts=prompts, label=content.label, choices=choices)
 
 
 def fast_options(device: torch.device) -> FastOptions:
@@ -179,6 +210,7 @@ def restore_file(
     settings: Settings = Settings(),
     on_progress: OnProgress | None = None,
     fps: Fraction | int = 24,
+    on_frame: Callable[[Tensor], None] | None = None,
 ) -> Report:
     """Restore a video, an image or a folder of numbered images, whatever its length, into another.
 
@@ -187,6 +219,7 @@ def restore_file(
 
     Args:
         fps: frame rate of a folder of images.
+        on_frame: called with every finished frame H W c in 0..1, on the device.
 
     Raises:
         MediaError: the source cannot be read or the destination not written.
@@ -194,11 +227,9 @@ def restore_file(
     """
     start = time.perf_counter()
     info = probe(source, fps=fps)
-    height, width = settings.target.size(info.height, info.width)
-    chunk = chunk_latents(models, settings, height, width)
-    log_plan(info, models, settings, height, width, chunk)
-    # Decided once: the memory that is free changes during the work.
-    settings = replace(settings, chunk=LATENT_FRAMES * (chunk - 1) + 1)
+    size = height, width = settings.target.size(info.height, info.width)
+    plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
+    log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
     moments: deque = deque()
 
     def pixels(reader: Iterable) -> Iterator[Tensor]:
@@ -215,10 +246,12 @@ def restore_file(
         open_writer(destination, info, width=width, height=height) as writer,
         closing(read_ahead(reader, READ_AHEAD)) as ahead,
         write_behind(write, WRITE_BEHIND) as put,
+        told_of_memory(models, size),
     ):
-        size = height, width
-        for piece in stream_on_device(pixels(ahead), models, settings, size, info.frames, on_progress):
+        for piece in _stream(pixels(ahead), models, settings, size, info.frames, on_progress, plan):
             for frame in piece:
+                if on_frame:
+                    on_frame(frame)
                 put((download(writer.pack(frame)), moments.popleft()))
     return Report(
         source=Path(source),
@@ -228,7 +261,7 @@ def restore_file(
         width=width,
         height=height,
         seconds=round(time.perf_counter() - start, 3),
-        chunk=settings.chunk,
+        chunk=LATENT_FRAMES * (plan.chunk - 1) + 1,
     )
 
 
@@ -258,7 +291,6 @@ def stream(
         yield piece.cpu()
 
 
-@torch.inference_mode()
 def stream_on_device(
     frames: Frames,
     models: Models,
@@ -268,12 +300,87 @@ def stream_on_device(
     on_progress: OnProgress | None = None,
 ) -> Iterator[Tensor]:
     """`stream` before its frames leave the device of the models, which may still be at work on them."""
-    life = _Life(models, settings, size, total, on_progress or (lambda stage, done, total: None))
-    conditions = life.encode(life.pieces(frames))
-    latents = life.restore(conditions)
+    plan = plan_clip(models, settings, size, total)
+    log_plan(plan, models, settings, "Frames")
+    with told_of_memory(models, size):
+        yield from _stream(frames, models, settings, size, total, on_progress, plan)
+
+
+@torch.inference_mode()
+def encode(frames: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None) -> Tensor:
+    """The first stage alone: the degraded latent c t h w, fp32 on the device, of frames T H W c in 0..1.
+
+    It is scaled as the transformer sees it; T frames become ceil((T - 1) / 4) + 1 latents.
+    """
+    with _alone(models, settings, settings.target.size(*frames.shape[1:3]), len(frames), on_progress) as life:
+        return torch.cat([latent for latent, _ in life.encode(life.pieces(frames))], dim=1)
+
+
+@torch.inference_mode()
+def restore_latent(
+    condition: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None
+) -> Tensor:
+    """The second stage alone: a clean latent c t h w, fp32 on the device, of a degraded one on the device."""
+    size, frames = pixel_size(condition)
+    with _alone(models, settings, size, frames, on_progress) as life:
+        latents = condition.float().split(1, dim=1)
+        each = ((latent, index == len(latents) - 1) for index, latent in enumerate(latents))
+        return torch.cat([latent for latent, _ in life.restore(each)], dim=1)
+
+
+@torch.inference_mode()
+def decode(
+    latent: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None
+) -> Iterator[Tensor]:
+    """The third stage alone: pieces of frames T H W 3 in 0..1 on the device, of a clean latent c t h w on the device.
+
+    As many frames as a clip of so many latents can have, with the padding of their size.
+    """
+    size, frames = pixel_size(latent)
+    with _alone(models, settings, size, frames, on_progress) as life:
+        for clip in life.decode(iter([(latent.float(), True)])):
+            yield to_frames(clip.transpose(0, 1).float()).permute(0, 2, 3, 1)
+
+
+def pixel_size(latent: Tensor) -> tuple[tuple[int, int], int]:
+    """Height and width in pixels, and frames, of a latent c t h w."""
+    _, t, h, w = latent.shape
+    return (h * LATENT_PIXELS, w * LATENT_PIXELS), (t - 1) * LATENT_FRAMES + 1
+
+
+@contextmanager
+def _alone(
+    models: Models, settings: Settings, size: tuple[int, int], frames: int, on_progress: OnProgress | None
+) -> Iterator[_Life]:
+    """A life of which only one stage is lived."""
+    plan = plan_clip(models, settings, size, frames)
+    log_plan(plan, models, settings, "Frames")
+    report = on_progress or (lambda stage, done, total: None)
+    with told_of_memory(models, size), closing(_Life(models, settings, size, frames, report, plan)) as life:
+        yield life
+
+
+@torch.inference_mode()
+def _stream(
+    frames: Frames,
+    models: Models,
+    settings: Settings,
+    size: tuple[int, int],
+    total: int | None,
+    on_progress: OnProgress | None,
+    plan: MemoryPlan,
+) -> Iterator[Tensor]:
+    with closing(_Life(models, settings, size, total, on_progress or (lambda stage, done, total: None), plan)) as life:
+        conditions = life.encode(life.pieces(frames))
+        yield from life.finish(life.decode(life.restore(conditions)))
+
+
+@contextmanager
+def told_of_memory(models: Models, size: tuple[int, int]) -> Iterator[None]:
+    """Where memory runs out for good, this is one sentence."""
     try:
-        yield from life.finish(life.decode(latents))
-    except RuntimeError as error:
+        yield
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise SettingError(
@@ -282,23 +389,87 @@ def stream_on_device(
         ) from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory; on a CPU only the message tells."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on a CPU, and in CUDA's own libraries, only the message tells."""
+    says = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in says)
 
 
 class _Life:
     """One clip on its way through the models, and what its stages have to know of each other."""
 
     def __init__(
-        self, models: Models, settings: Settings, size: tuple[int, int], total: int | None, on_progress: OnProgress
+        self,
+        models: Models,
+        settings: Settings,
+        size: tuple[int, int],
+        total: int | None,
+        on_progress: OnProgress,
+        plan: MemoryPlan,
     ):
         self.models, self.settings, self.size, self.total, self.on_progress = models, settings, size, total, on_progress
         self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
         self.layouts: dict[tuple[Grid, int], Layout] = {}
-        self.attention = attention_name(models, settings)
-        self.prompts = [prompt.to(models.device, models.dtype) for prompt in prompts_of(models, settings)]
+        self.transfer = ColorTransfer(settings.color)
         self.restored = 0  # latents that have been through the transformer
+        self.reported: tuple[Stage, float, int | None] = "encode", 0, total
+        self.halves: list[_Slices] = []
+        if models.dit:
+            self.attention = attention_name(models, settings)
+            self.prompts = [prompt.to(models.device, models.dtype) for prompt in prompts_of(models, settings)]
+        if models.vae:
+            looks_back = reach(models.vae.config)
+            self.encoder = _Slices(self, "encode", models.vae.encode_slice, self.clip_of, looks_back[0])
+            self.decoder = _Slices(self, "decode", models.vae.decode_slice, self.latent_of, looks_back[1])
+            self.halves = [self.encoder, self.decoder]
+        self.stepped_down = False
+        self.blocks: StreamedBlocks | None = None
+        self.adopt(plan)
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Go on by this plan."""
+        self.leave_blocks()
+        self.plan = plan
+        if isinstance(self.models.vae, FastVAE):
+            self.models.vae.take(*plan.portions)
+        if self.models.dit and self.models.device.type == "cuda":
+            self.blocks = StreamedBlocks(self.models.dit.blocks, self.models.device, plan.streamed)
+        for half in self.halves:
+            half.state = placed(half.state, plan.state, self.models.device)
+
+    def leave_blocks(self) -> None:
+        """Leave the transformer as a whole."""
+        if self.blocks is not None:
+            self.blocks.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.leave_blocks()
+        # They refer to each other, so models and states would wait for Python's next collection.
+        for half in self.halves:
+            half.close()
+
+    def attempt(self, stage: Stage, step: Callable[[], T], recover: Callable[[], None] = lambda: None) -> T:
+        """Take a step. If memory runs out, for the first time, take it again by a smaller plan.
+
+        Args:
+            recover: puts back what a step has used up that failed.
+        """
+        try:
+            return step()
+        except (RuntimeError, MemoryError) as error:
+            if self.stepped_down or not is_out_of_memory(error):
+                raise
+            smaller = step_down(self.plan, stage, available_bytes(self.models, self.plan))
+            if smaller is None:
+                raise
+            failure = str(error).partition("\n")[0]
+        # Out here, because an exception that is being handled keeps alive what the step has made.
+        self.stepped_down = True
+        log.warning("Memory ran out (%s); going on with a smaller plan: %s", failure, describe(smaller))
+        self.adopt(smaller)
+        recover()
+        return step()
 
     def pieces(self, frames: Frames) -> Iterator[tuple[list[Tensor], bool]]:
         """Frames in pieces that the autoencoder takes: 4n+1 first, then 4n, the last completed by mirroring; and
@@ -321,29 +492,58 @@ class _Life:
 
     def encode(self, pieces: Iterator[tuple[list[Tensor], bool]]) -> Iterator[tuple[Tensor, bool]]:
         """Condition latents c t h w, scaled as the transformer sees them."""
-        vae, state, done = self.models.vae, CausalState(), 0
+        done = 0
         for piece, last in pieces:
-            clip = pad_to_multiple(to_clip(self.fit(piece)))
-            clip = clip.transpose(0, 1)[None].to(self.models.dtype)
-            moments, state = vae.encode_slice(clip, state, last)
+            moments = self.encoder(piece, last)
             done += len(piece)
             self.report("encode", done)
-            yield posterior(moments)[0][0].float() * vae.config.scale, last
+            yield posterior(moments)[0][0].float() * self.models.vae.config.scale, last
+
+    def clip_of(self, piece: list[Tensor]) -> Tensor:
+        """Source frames as the autoencoder sees them, b c T H W."""
+        clip = pad_to_multiple(to_clip(self.fit(piece)))
+        return clip.transpose(0, 1)[None].to(self.models.vae.dtype)
+
+    def latent_of(self, latent: Tensor) -> Tensor:
+        """A latent c t h w as the autoencoder sees it."""
+        return latent[None].to(self.models.vae.dtype)
 
     def restore(self, conditions: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
-        """Clean latents c t h w in the autoencoder's scale, each once."""
-        tail, emitted = None, 0
-        length = chunk_latents(self.models, self.settings, *self.size)
-        for start, condition, last in overlapping(conditions, length):
-            out = self.sample(condition, start)[:, emitted - start :]
-            self.restored = start + condition.shape[1]
+        """Clean latents c t h w, scaled as the conditions are, each once."""
+
+        def sample(condition: Tensor, start: int) -> Tensor:
+            return self.attempt("restore", lambda: self.sample_in_chunks(condition, start))
+
+        return self.blended(overlapping(conditions, self.length), sample)
+
+    @property
+    def length(self) -> int:
+        """Latents in a pass of the transformer. A file may hold more frames than it says, even than a single one."""
+        return max(self.plan.chunk, OVERLAP + 1)
+
+    def blended(
+        self, chunks: Iterator[tuple[int, Tensor, bool]], sample: Callable[[Tensor, int], Tensor]
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """What becomes of chunks that overlap, cross-faded, each latent once."""
+        tail = emitted = None
+        for start, condition, last in chunks:
+            emitted = start if emitted is None else emitted
+            out = sample(condition, start)[:, emitted - start :]
             if tail is not None:
                 head = crossfade(tail.transpose(0, 1), out[:, :OVERLAP].transpose(0, 1)).transpose(0, 1)
                 out = torch.cat([head, out[:, OVERLAP:]], dim=1)
             if not last:
                 out, tail = out[:, :-OVERLAP], out[:, -OVERLAP:]
             emitted += out.shape[1]
-            yield out / self.models.vae.config.scale, last
+            yield out, last
+
+    def sample_in_chunks(self, condition: Tensor, start: int) -> Tensor:
+        """`sample`, in shorter chunks if the plan has become smaller than this one."""
+        if condition.shape[1] <= self.length:
+            return self.sample(condition, start)
+        chunks = overlapping([(condition, True)], self.length)
+        moved = ((start + first, chunk, last) for first, chunk, last in chunks)
+        return torch.cat([out for out, _ in self.blended(moved, self.sample)], dim=1)
 
     def sample(self, condition: Tensor, start: int) -> Tensor:
         """Clean latent c t h w of a chunk that begins at latent `start`."""
@@ -351,9 +551,9 @@ class _Life:
         channels, t, h, w = condition.shape
         noise = frame_noise(settings.seed, start, t, channels, h, w)[None].to(models.device)
         condition = condition[None]
-        if settings.steps > 1:
+        if level := condition_noise(settings):
             doubt = frame_noise(settings.seed + 1, start, t, channels, h, w)[None].to(models.device)
-            condition = augment(condition, doubt, MULTI_STEP_NOISE)
+            condition = augment(condition, doubt, level)
         condition = with_mask(condition)
         passes, calls = settings.steps * len(self.prompts), itertools.count()
 
@@ -362,13 +562,15 @@ class _Life:
             answers = [self.velocity(latent, prompt, u, start, next(calls), passes) for prompt in self.prompts]
             return guide(*answers, settings.cfg) if len(answers) == 2 else answers[0]
 
-        return sample(velocity, noise, settings.steps)[0]
+        clean = sample(velocity, noise, settings.steps)[0]
+        self.restored = max(self.restored, start + t)
+        return clean
 
     def velocity(self, latent: Tensor, prompt: Tensor, u: float, start: int, call: int, calls: int) -> Tensor:
         models, grid = self.models, token_grid_of(latent[0])
         new = start + grid.t - self.restored  # the rest was counted with the chunk before
         if (key := (grid, len(prompt))) not in self.layouts:
-            self.layouts[key] = make_layout([grid], [len(prompt)], models.dit.config, models.device)
+            self.layouts[key] = make_layout([grid], [len(prompt)], config_of(models, self.settings), models.device)
 
         def on_block(done: int, blocks: int) -> None:
             self.report("restore", LATENT_FRAMES * (self.restored + new * (call + done / blocks) / calls))
@@ -379,30 +581,33 @@ class _Life:
             torch.tensor([u], device=models.device),
             layout=self.layouts[key],
             attention=self.attention,
+            rows=self.plan.rows,
+            blocks=self.blocks,
+            choices=models.choices,
             on_block=on_block,
         )
         return torch.stack(out).float()
 
     def decode(self, latents: Iterator[tuple[Tensor, bool]]) -> Iterator[Tensor]:
         """Clips c T H W in about -1..1, padding included, one latent at a time."""
-        state, done = CausalState(), 0
+        done = 0
         for block, last in latents:
-            parts = block[None].to(self.models.dtype).split(1, dim=2)
+            parts = (block / self.models.vae.config.scale).split(1, dim=1)
             for index, latent in enumerate(parts):
-                clip, state = self.models.vae.decode_slice(latent, state, last and index == len(parts) - 1)
+                clip = self.decoder(latent, last and index == len(parts) - 1)
                 done += clip.shape[2]
                 self.report("decode", done)
                 yield clip[0]
 
     def finish(self, clips: Iterator[Tensor]) -> Iterator[Tensor]:
         """Frames T H W c in 0..1 without padding, in the colours of the source, with its alpha."""
-        transfer = ColorTransfer(self.settings.color)
         for clip in clips:
             sources = [self.waiting.popleft() for _ in range(min(clip.shape[1], len(self.waiting)))]
             if not sources:
                 return
             content = crop(clip.transpose(0, 1)[: len(sources)], *self.size)
-            content = transfer(content, to_clip(self.fit(sources)))
+            style = to_clip(self.fit(sources))
+            content = torch.lerp(style, self.transfer(content, style), self.settings.strength)
             frames = to_frames(content)
             if sources[0].shape[-1] == 4:
                 alpha = torch.stack([to_floats(upload(source[..., 3:], content.device)) for source in sources])
@@ -415,22 +620,96 @@ class _Life:
         return resize(clip.permute(0, 3, 1, 2), *self.size)
 
     def report(self, stage: Stage, done: float) -> None:
-        self.on_progress(stage, done if self.total is None else min(done, self.total), self.total)
+        self.reported = stage, done if self.total is None else min(done, self.total), self.total
+        self.repeat()
+
+    def repeat(self) -> None:
+        """Say once more how far all is, for a caller who wants to cancel."""
+        self.on_progress(*self.reported)
 
 
-def chunk_latents(models: Models, settings: Settings, height: int, width: int) -> int:
-    """Latent frames in one pass of the transformer on frames of this size."""
-    if settings.chunk is not None:
-        return (settings.chunk - 1) // LATENT_FRAMES + 1
-    _, h, w = token_grid(1, *padded_size(height, width))
-    per_latent = h * w * bytes_per_token(models.dit.config, models.dtype)
-    return max(SHORTEST, min(LONGEST, int(MEMORY_SHARE * free_bytes(models.device) / per_latent)))
+class _Slices:
+    """One half of the autoencoder on its way through a clip, slice by slice.
+
+    A slice uses up the causal state; after one that failed, the state is made again from the slices before, as far back
+    as they have influence.
+    """
+
+    def __init__(
+        self, life: _Life, stage: Stage, step: Callable, prepare: Callable[[Any], Tensor], looks_back: int
+    ):
+        """`prepare` makes the autoencoder's input of a slice's item: a list of frames, or a latent."""
+        self.life, self.stage, self.step, self.prepare = life, stage, step, prepare
+        self.state = CausalState()
+        # One more, for the lone frame with which a clip begins.
+        self.past: deque[Any] = deque(maxlen=looks_back + 1)
+
+    def __call__(self, item: Any, last: bool) -> Tensor:
+        with self.life.models.vae.watched(self.life.repeat):
+            out = self.life.attempt(self.stage, lambda: self.run(item, last), self.recover)
+        self.past.append(item)
+        return out
+
+    def close(self) -> None:
+        del self.life, self.prepare, self.step, self.state
+
+    def run(self, item: Any, last: bool) -> Tensor:
+        out, self.state = self.step(self.prepare(item), self.state, last)
+        return out
+
+    def recover(self) -> None:
+        self.state = new_state(self.life.plan.state, self.life.models.device)
+        for index, item in enumerate(self.past):
+            frames_alone = index == 0 and isinstance(item, list) and len(item) % LATENT_FRAMES == 0
+            self.run(item[-1:] if frames_alone else item, last=False)
 
 
-def bytes_per_token(config: DiTConfig, dtype: torch.dtype) -> int:
-    """About what one token takes while it passes through a layer: the streams, queries, keys and values before and
-    after they are dealt into windows, and the feed-forward's hidden layer."""
-    return (16 * config.dim + 3 * config.mlp_hidden) * dtype.itemsize
+def plan_clip(
+    models: Models,
+    settings: Settings,
+    size: tuple[int, int],
+    frames: int | None,
+    source: int = 0,
+    device: torch.device | None = None,
+    budget: int | None = None,
+) -> MemoryPlan:
+    """How to compute a clip in the memory that there is.
+
+    Args:
+        size: height and width of the result.
+        source: bytes of a frame as it is read.
+        device: where it will be computed, if the models are not there yet.
+        budget: bytes that may be used there, weights included; None: what is free.
+
+    Raises:
+        SettingError: it does not fit, by whatever way.
+    """
+    device = device or models.device
+    work = Work(
+        vae=models.vae,
+        dit=models.dit,
+        device=device.type,
+        height=size[0],
+        width=size[1],
+        frames=frames,
+        chunk=None if settings.chunk is None else (settings.chunk - 1) // LATENT_FRAMES + 1,
+        source=source if device.type == "cpu" else 0,
+    )
+    if budget is None:
+        budget = free_bytes(device) + resident_bytes(work, device)
+    return make_plan(work, budget if settings.memory_limit is None else min(budget, settings.memory_limit))
+
+
+def available_bytes(models: Models, plan: MemoryPlan) -> int:
+    """What could be had now, what is in use included."""
+    if models.device.type == "cuda":
+        return free_bytes(models.device) + torch.cuda.memory_allocated(models.device)
+    return free_bytes(models.device) + plan.weights
+
+
+def bytes_of_frame(info: MediaInfo) -> int:
+    """What a frame takes as it is read."""
+    return info.height * info.width * (4 if info.has_alpha else 3) * (1 if info.bit_depth <= 8 else 2)
 
 
 def prompts_of(models: Models, settings: Settings) -> list[Tensor]:
@@ -442,26 +721,36 @@ def prompts_of(models: Models, settings: Settings) -> list[Tensor]:
     return [models.prompts.positive, models.prompts.negative]
 
 
+def condition_noise(settings: Settings) -> float:
+    """Share of noise in the degraded latent."""
+    if settings.condition_noise is not None:
+        return settings.condition_noise
+    return MULTI_STEP_NOISE if settings.steps > 1 else 0.0
+
+
+def config_of(models: Models, settings: Settings) -> DiTConfig:
+    """The transformer's config, with the windows of this run."""
+    config = models.dit.config
+    return config if settings.windows is None else replace(config, windows=settings.windows)
+
+
 def attention_name(models: Models, settings: Settings) -> str:
     """The attention that will run; one that cannot is refused before any work."""
     return resolve(settings.attention, models.device, models.dtype, models.dit.config.head_dim)
 
 
-def log_plan(info: MediaInfo, models: Models, settings: Settings, height: int, width: int, chunk: int) -> None:
+def log_plan(plan: MemoryPlan, models: Models, settings: Settings, source: str) -> None:
     """One line with everything that was decided for this clip."""
-    latents = latent_grid(padded_length(info.frames), *padded_size(height, width)).t if info.frames else None
-    passes = "one pass" if latents is not None and latents <= chunk else f"passes of {LATENT_FRAMES * (chunk - 1) + 1}"
+    work = plan.work
     log.info(
-        "%s: %s frames, %d x %d -> %d x %d, %s on %s in %s, %s, attention %s",
-        info.path.name,
-        "?" if info.frames is None else info.frames,
-        info.width,
-        info.height,
-        width,
-        height,
+        "%s: %s frames -> %d x %d, %s on %s in %s, attention %s, %s",
+        source,
+        "?" if work.frames is None else work.frames,
+        work.width,
+        work.height,
         models.label,
         models.device,
         str(models.dtype).removeprefix("torch."),
-        passes,
-        attention_name(models, settings),
+        attention_name(models, settings) if models.dit else "not needed",
+        describe(plan),
     )

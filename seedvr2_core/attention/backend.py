@@ -31,17 +31,6 @@ class Sequences:
         """The offsets as int32 on the device, as variable-length kernels want them."""
         return torch.tensor(self.offsets, dtype=torch.int32, device=self.device)
 
-    @cached_property
-    def groups(self) -> dict[int, Tensor]:
-        """For every length that occurs, the packed indices of its sequences: length -> count length."""
-        groups: dict[int, list[int]] = {}
-        for start, length in zip(self.offsets, self.lengths, strict=False):
-            groups.setdefault(length, []).append(start)
-        return {
-            length: torch.tensor(starts, device=self.device)[:, None] + torch.arange(length, device=self.device)
-            for length, starts in groups.items()
-        }
-
 
 @dataclass(frozen=True)
 class AttentionCall:

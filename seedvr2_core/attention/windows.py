@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.choice import why_not_for
-
 # A tile of two heads' worth of keys and values must fit shared memory.
 MAX_HEAD_DIM = 256
 
@@ -95,16 +93,6 @@ class WindowCall:
     windows: WindowMap
 
 
-def why_not(call: WindowCall) -> str | None:
-    """Why the kernel cannot run a call here, in words, or None."""
-    streams = (call.vid, call.txt)
-    if reason := why_not_for(*(x for s in streams for x in (s.q, s.k, s.v) if x is not None)):
-        return reason
-    if (d := call.vid.q.shape[-1]) > MAX_HEAD_DIM:
-        return f"needs heads of at most {MAX_HEAD_DIM} channels, got {d}"
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """What one program computes: `queries` rows of a window, `keys` at a time."""
@@ -129,8 +117,13 @@ TILES = (
 )
 
 
+def tiles(d: int) -> tuple[Tile, ...]:
+    """The tiles worth trying for heads of this width; none: leave it to the library."""
+    return TILES if d <= MAX_HEAD_DIM else ()
+
+
 def attend(call: WindowCall, tile: Tile = TILES[0]) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel; ask `why_not` first.
+    """Run the kernel, on a GPU and in fp16 or bf16.
 
     Returns:
         video n heads d in the order of its tokens; text r heads d, or None if it did not ask (see `mean_over_windows`).

@@ -4,7 +4,9 @@ Triton is optional: it is imported when a kernel is first run, and `why_not` say
 `triton_*` hold the kernels and are imported by nobody else.
 """
 
-from .choice import LIBRARY, Choices, Question, default_path, rounded, why_not, why_not_for
+from .choice import LIBRARY, Choices, Machine, Question, choices_for, default_path, rounded, why_not
 from .group_norm import Moments
 
-__all__ = ["LIBRARY", "Choices", "Moments", "Question", "default_path", "rounded", "why_not", "why_not_for"]
+__all__ = [
+    "LIBRARY", "Choices", "Machine", "Moments", "Question", "choices_for", "default_path", "rounded", "why_not",
+]  # fmt: skip

@@ -1,8 +1,10 @@
-"""Use a kernel only where it beats the library: timed once on this machine, then remembered.
+"""Use a kernel only where it beats the library: tried once on this machine, then remembered.
 
-Whoever runs a model holds one `Choices` and asks it before an operation; it answers with a name. Nothing is timed on a
-CPU, and nothing is timed twice: answers live in a small JSON file, apart for every GPU and every version of torch,
-cuDNN and Triton. Triton itself is imported inside functions, once `why_not` has found it: the core runs without it too.
+Whoever runs a model holds one `Choices`, hands it down, and an operation that has kernels is run through it. A kernel
+is taken where it compiled and ran, gave what the library gives, and was faster. One that fails, then or later, is left
+out with a line in the log, and the library does its work. Nothing is tried on a CPU, and nothing twice: answers live in
+a small JSON file, apart for every GPU and every version of torch, cuDNN and Triton. Triton itself is imported inside
+functions, once `why_not` has found it: the core runs without it too.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import json
 import logging
 import os
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..errors import SeedVR2Error
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +32,21 @@ OLDEST_GPU = (8, 0)
 # Less than this is not worth a second code path, and within the noise of a timing.
 WORTH = 0.97
 WARM_UPS, RUNS = 2, 5
-# Relative L2 against the library. Both round, so a kernel cannot be asked to be closer than two roundings.
-AGREEMENT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+# Relative L2 against the library. Both round, so a kernel cannot be asked to be closer than two roundings. These are
+# also the types that kernels are for: in fp32 the library is as good as tensor cores let it be.
+AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 1e-2}
+# How far a single value may be off, as a multiple of that and of the largest value: a wrong corner of a frame is lost
+# in the norm of the whole.
+WORST = 4
+# What may come out of a compiler and its cache (files, a C compiler, another version's interface) and out of a launch.
+FAILURES = (
+    RuntimeError, OSError, subprocess.SubprocessError, ImportError, SyntaxError, ArithmeticError, AssertionError,
+    AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
 
 Output = Tensor | Sequence[Tensor]
 Call = Callable[[], Output]
+Refuse = Callable[[str, str], None]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -44,18 +59,6 @@ def why_not(device: torch.device) -> str | None:
         return "needs an NVIDIA GPU; on others these kernels are untested"
     if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return "needs compute capability 8.0 or later, got {}.{}".format(*capability)
-    return None
-
-
-def why_not_for(*tensors: Tensor) -> str | None:
-    """Why Triton kernels cannot work on these tensors, in words, or None."""
-    for x in tensors:
-        if reason := why_not(x.device):
-            return reason
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return f"needs fp16 or bf16, got {str(x.dtype).removeprefix('torch.')}"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "cannot compute gradients"
     return None
 
 
@@ -83,12 +86,12 @@ class Answer:
     """Who was fastest, and what each took. A kernel that failed or disagreed has a reason in place of seconds."""
 
     winner: str
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float]  # none yet where trying has not come to its end
     refused: Mapping[str, str]
 
     def __post_init__(self):
         """Raises ValueError unless the winner was timed, so that a damaged file cannot name a kernel."""
-        if self.winner not in dict(self.seconds) or set(dict(self.refused)) & set(self.seconds):
+        if self.winner not in {LIBRARY, *dict(self.seconds)} or set(dict(self.refused)) & {LIBRARY, *self.seconds}:
             raise ValueError(f"an answer whose winner {self.winner!r} was not timed")
 
 
@@ -98,8 +101,16 @@ def default_path() -> Path:
     return Path(folder) / "seedvr2" / "kernels.json"
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A device that kernels can run on."""
+
+    name: str  # with all that a timing depends on
+    capability: tuple[int, int]
+
+
 class Choices:
-    """What has been measured on this machine.
+    """What has been tried on this machine.
 
     Args:
         path: the file that remembers; None forgets with this object. A file that cannot be read is started afresh, a
@@ -109,58 +120,146 @@ class Choices:
     def __init__(self, path: Path | None = None):
         self.path = path
         self._answers = _read(path) if path else {}
+        self._winners: dict[Question, str] = {}
+        self._machines: dict[torch.device, Machine | None] = {}
+        self._told: set[str] = set()
+
+    def run(self, question: Question, library: Call, kernels: Mapping[str, Call], trial: Call | None = None) -> Output:
+        """What the library gives, computed in the fastest way.
+
+        Args:
+            question: what the calls compute.
+            library, kernels: all compute the same from the same, without changing what they read.
+            trial: stands in for the library while it is timed, where that does change what it reads.
+
+        Raises:
+            SeedVR2Error: a kernel broke the GPU's state, which only a new process gets rid of.
+        """
+        name = self.fastest(question, trial or library, kernels)
+        if name == LIBRARY:
+            return library()
+        try:
+            return kernels[name]()
+        except torch.OutOfMemoryError:
+            raise
+        except _failures() as error:
+            self._refuse(question, name, f"failed ({_first_line(error)})")
+        _check_alive(question.device, name)
+        return library()
 
     def fastest(self, question: Question, library: Call, kernels: Mapping[str, Call]) -> str:
-        """The name of the fastest way to compute the same: "library" or a key of `kernels`.
+        """The name of the fastest way to compute the same: "library" or a key of `kernels`; otherwise as `run`.
 
-        The first time a question is asked every way is run a few times, so calls must not change what they read, and
-        must not mind running again.
+        The first time a question is asked every way is run a few times.
         """
-        if not kernels or why_not(question.device):
+        machine = self.machine(question.device)
+        if not kernels or machine is None or question.dtype not in AGREEMENT:
             return LIBRARY
-        machine = machine_name(question.device)
-        known = self._answers.setdefault(machine, {}).get(question.key)
-        if known and set(known.seconds) | set(known.refused) == {LIBRARY, *kernels}:
+        if self._winners.get(question) in (LIBRARY, *kernels):
+            return self._winners[question]
+        known = self._answers.get(machine.name, {}).get(question.key)
+        refused = dict(known.refused) if known else {}
+        if known and {*known.seconds, *refused} == {LIBRARY, *kernels}:
+            self._winners[question] = known.winner
             return known.winner
         if torch.cuda.is_current_stream_capturing():
             # Clocks cannot be read while a graph is recorded.
             return LIBRARY
+        untried = {name: call for name, call in kernels.items() if name not in refused}
+
+        def refuse(name: str, reason: str) -> None:
+            # At once: a kernel that breaks the device takes this process with it.
+            refused[name] = reason
+            self._refuse(question, name, reason)
+
         try:
-            answer = measure(library, kernels, AGREEMENT[question.dtype], question.device)
+            seconds = measure(library, untried, AGREEMENT[question.dtype], question.device, refuse)
         except torch.OutOfMemoryError:
-            # Two results at once did not fit; that says nothing about speed, so nothing is remembered.
+            # Two results at once did not fit. That says nothing about speed, so it lasts no longer than this object.
+            self._winners[question] = LIBRARY
             return LIBRARY
-        log.info("%s on %s: %s (%s)", question.key, machine, answer.winner, summary(answer))
-        self._answers[machine][question.key] = answer
+        best = min(seconds, key=seconds.__getitem__)
+        winner = best if seconds[best] < WORTH * seconds[LIBRARY] else LIBRARY
+        answer = Answer(winner, seconds, {name: reason for name, reason in refused.items() if name in kernels})
+        log.info("%s on %s: %s (%s)", question.key, machine.name, winner, summary(answer))
+        self._remember(question, answer)
+        return winner
+
+    def machine(self, device: torch.device) -> Machine | None:
+        """The device, if kernels can run there."""
+        if device not in self._machines:
+            self._machines[device] = None if why_not(device) else self._look(device)
+        return self._machines[device]
+
+    def _look(self, device: torch.device) -> Machine | None:
+        try:
+            _failures()
+            return Machine(machine_name(device), torch.cuda.get_device_capability(device))
+        except FAILURES as error:
+            self._tell(f"kernels are left out: Triton cannot be used here ({_first_line(error)})")
+            return None
+
+    def _refuse(self, question: Question, name: str, reason: str) -> None:
+        self._tell(f"{question.operation}: kernel {name!r} is left out: it {reason}")
+        log.debug("%s: %s %s", question.key, name, reason)
+        known = self._answers.get(self.machine(question.device).name, {}).get(question.key)
+        before = known.refused if known else {}
+        # Without seconds: whoever asks again tries the others anew.
+        self._remember(question, Answer(LIBRARY, {}, {**before, name: reason}))
+
+    def _remember(self, question: Question, answer: Answer) -> None:
+        self._winners[question] = answer.winner
+        self._answers.setdefault(self.machine(question.device).name, {})[question.key] = answer
         if self.path:
             _write(self.path, self._answers)
-        return answer.winner
+
+    def _tell(self, warning: str) -> None:
+        """Once: what fails for one shape, fails for all."""
+        if warning not in self._told:
+            self._told.add(warning)
+            log.warning("%s", warning)
 
 
-def measure(library: Call, kernels: Mapping[str, Call], tolerance: float, device: torch.device) -> Answer:
-    """Check every kernel against the library and time those that agree, in turn.
+def choices_for(device: torch.device) -> Choices | None:
+    """What models on this device choose with; None where there is nothing to choose from."""
+    return Choices(default_path()) if device.type == "cuda" else None
+
+
+def measure(
+    library: Call, kernels: Mapping[str, Call], tolerance: float, device: torch.device, refuse: Refuse
+) -> dict[str, float]:
+    """Median seconds of the library and of every kernel that runs and agrees with it, timed in turn.
 
     Args:
         tolerance: relative L2 that a kernel may be away from the library.
+        refuse: told the name of any other, and in words what is wrong with it.
     """
     expected = _tensors(library())
-    calls, refused = {LIBRARY: library}, {}
+    calls = {LIBRARY: library}
     for name, call in kernels.items():
         if reason := _disagreement(call, expected, tolerance):
-            log.warning("kernel %s is left out: it %s", name, reason)
-            refused[name] = reason
+            refuse(name, reason)
+            _check_alive(device, name)
         else:
             calls[name] = call
     del expected
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(WARM_UPS + RUNS):
-        for name, call in calls.items():
-            seconds = _seconds(call, device)
+        for name, call in tuple(calls.items()):
+            try:
+                seconds = _seconds(call, device)
+            except torch.OutOfMemoryError:
+                raise
+            except _failures() as error:
+                if name == LIBRARY:
+                    raise
+                refuse(name, f"failed ({_first_line(error)})")
+                _check_alive(device, name)
+                del calls[name]
+                continue
             if turn >= WARM_UPS:
                 times[name].append(seconds)
-    medians = {name: statistics.median(kept) for name, kept in times.items()}
-    best = min(medians, key=medians.__getitem__)
-    return Answer(best if medians[best] < WORTH * medians[LIBRARY] else LIBRARY, medians, refused)
+    return {name: statistics.median(times[name]) for name in calls}
 
 
 def summary(answer: Answer) -> str:
@@ -183,24 +282,58 @@ def _tensors(output: Output) -> list[Tensor]:
 
 
 def _disagreement(call: Call, expected: Sequence[Tensor], tolerance: float) -> str | None:
-    from triton.errors import TritonError
-
     try:
-        # A compiler that fails inside its passes raises a bare RuntimeError.
         got = _tensors(call())
         errors = [relative_l2(x, y) for x, y in zip(got, expected, strict=True)]
+        worst = [_largest_difference(x, y) for x, y in zip(got, expected, strict=True)]
     except torch.OutOfMemoryError:
         raise
-    except (TritonError, RuntimeError) as error:
-        return f"failed ({str(error).strip().partition(chr(10))[0]})"
+    except _failures() as error:
+        return f"failed ({_first_line(error)})"
     # Not "worse > tolerance": NaN must fail.
-    return None if all(error <= tolerance for error in errors) else f"differs from the library by {max(errors):.1e}"
+    if not all(error <= tolerance for error in errors):
+        return f"differs from the library by {max(errors):.1e}"
+    if not all(error <= WORST * tolerance for error in worst):
+        return f"differs from the library in some values, by {max(worst):.1e} of the largest"
+    return None
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    from triton.errors import TritonError
+
+    return (*FAILURES, TritonError)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _check_alive(device: torch.device, name: str) -> None:
+    """Raises SeedVR2Error where a kernel left a device that computes no more."""
+    try:
+        _synchronize(device)
+    except RuntimeError as error:
+        raise SeedVR2Error(
+            f"The kernel {name!r} failed on {device} in a way that only a new process recovers from "
+            f"({_first_line(error)}). It will not be tried again; run the same once more."
+        ) from error
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def relative_l2(x: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference; NaN if either holds one."""
     # The norm adds up in fp32 as it reads; an fp32 copy of a whole activation might not fit.
     off, whole = (torch.linalg.vector_norm(y, dtype=torch.float32) for y in (x - reference, reference))
+    return (off / whole).item() if whole else off.item()
+
+
+def _largest_difference(x: Tensor, reference: Tensor) -> float:
+    """The largest difference over the largest value of the reference."""
+    off, whole = (torch.linalg.vector_norm(y, ord=float("inf")) for y in (x - reference, reference))
     return (off / whole).item() if whole else off.item()
 
 

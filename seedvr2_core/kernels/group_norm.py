@@ -3,7 +3,7 @@
 First the statistics, as sums that bands of a frame, GPUs or a convolution's epilogue may contribute to; then their
 application together with SiLU, written straight into the buffer that the next convolution reads. The reference
 functions define the answers: sums in fp32, biased variance over the channels and positions of a group, one rounding at
-the end.
+the end. The functions called `torch_*` are the library's way: its own GroupNorm knows no channels-last memory on a GPU.
 
 Activations are channels-last and may be views: every frame is dense, frames and clips lie where their strides say.
 
@@ -75,12 +75,13 @@ def group_statistics(x: Tensor, groups: int, bias: Tensor | None = None) -> Mome
 
 
 def add_residual(
-    x: Tensor, residual: Tensor, groups: int, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, residual: Tensor | None, groups: int, bias: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Moments]:
     """x + bias + residual, and the moments of what is stored, in one pass.
 
     Args:
         x, residual: b c t h w or n c h w, channels-last frames.
+        bias: c, of the convolution that made x, where it has not been added.
         out: where to write, of the same shape; x or residual itself will do.
     """
     from .triton_group_norm import statistics
@@ -128,6 +129,29 @@ def apply_norm(
     return apply(x, moments, weight, bias, eps, torch.empty_like(x) if out is None else out, added, silu=False)
 
 
+# The library's way.
+
+
+def torch_statistics(x: Tensor, groups: int) -> Moments:
+    """Moments of n c h w. Reads x twice, and converts to fp32 as it reads."""
+    values = x.unflatten(1, (groups, -1))
+    sums = values.sum((2, 3, 4), dtype=torch.float32)
+    return Moments(sums, torch.linalg.vector_norm(values, dim=(2, 3, 4), dtype=torch.float32).square())
+
+
+def torch_apply_norm_silu(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(norm(x)) of n c h w, in the memory format of x."""
+    groups = moments.sums.shape[1]
+    count = x[0].numel() // groups
+    mean = moments.sums / count
+    inverse = (moments.squares / count - mean.square()).clamp_min(0).add(eps).rsqrt()
+    scale = (weight.float().view(groups, -1) * inverse[:, :, None]).flatten(1)
+    shift = bias.float() - mean.repeat_interleave(len(bias) // groups, dim=1) * scale
+    # fp32 inside and one rounding, because the sum of products is formed in the widest type and then converted.
+    out = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None], out=torch.empty_like(x))
+    return F.silu(out, inplace=True)
+
+
 # The references.
 
 
@@ -137,9 +161,10 @@ def reference_statistics(x: Tensor, groups: int, bias: Tensor | None = None) -> 
 
 
 def reference_add_residual(
-    x: Tensor, residual: Tensor, groups: int, bias: Tensor | None = None
+    x: Tensor, residual: Tensor | None, groups: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Moments]:
-    out = (_with(x.float(), bias) + residual.float()).to(x.dtype)
+    total = _with(x.float(), bias)
+    out = (total if residual is None else total + residual.float()).to(x.dtype)
     return out, reference_statistics(out, groups)
 
 

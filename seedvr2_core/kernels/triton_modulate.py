@@ -43,7 +43,15 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, sample: T
     tokens, channels = x.shape
     with torch.cuda.device_of(x):
         norm_modulate_kernel[(tokens,)](
-            x, scale, shift, sample, out, eps, C=channels, BLOCK=triton.next_power_of_2(channels), num_warps=WARPS
+            x,
+            scale.contiguous(),
+            shift.contiguous(),
+            sample,
+            out,
+            eps,
+            C=channels,
+            BLOCK=triton.next_power_of_2(channels),
+            num_warps=WARPS,
         )
     return out
 
@@ -53,6 +61,6 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, sample: Tensor | None, out
     tokens, channels = x.shape
     with torch.cuda.device_of(x):
         gate_residual_kernel[(tokens,)](
-            x, y, gate, sample, out, C=channels, BLOCK=triton.next_power_of_2(channels), num_warps=WARPS
+            x, y, gate.contiguous(), sample, out, C=channels, BLOCK=triton.next_power_of_2(channels), num_warps=WARPS
         )
     return out

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention import AttentionCall, Sequences, varlen_attention
+from ..attention import AttentionCall, Sequences, varlen_attention, windows
 from ..errors import SettingError
+from ..kernels import Choices, Question, rounded
+from ..kernels.modulate import gate_residual, norm_modulate
 from ..video.geometry import PATCH, Grid
 from .linear import Linear
 from .rope import RopeBuffer, RopeKind, Turns, rotate, window_factors
@@ -95,6 +97,32 @@ class WindowLayout:
     texts: tuple[tuple[int, int], ...]  # of each sample: windows and text tokens; r is the sum of their products
     turns: tuple[Turns, ...]  # rotary factors of each run of equal windows
     sequences: Sequences
+    samples: tuple[int, ...]  # of each window
+
+    @cached_property
+    def map(self) -> windows.WindowMap:
+        """The same windows as our kernel reads them: sample after sample, and the largest first, so that the last ones
+        to be computed are short."""
+        lengths, starts = self.sequences.lengths, self.sequences.offsets
+        dealt: list[list[int]] = [[] for _ in self.texts]
+        places = []
+        for index in sorted(range(len(lengths)), key=lambda index: (self.samples[index], -lengths[index])):
+            sample = self.samples[index]
+            dealt[sample].append(lengths[index] - self.texts[sample][1])
+            places.append(torch.arange(starts[index], starts[index] + dealt[sample][-1]))
+        device = self.gather.device
+        order = self.gather[torch.cat(places).to(device)]
+        return windows.window_map(order, dealt, [length for _, length in self.texts], device)
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine n+l d/2 of the rotation of every token, fp32."""
+        packed = torch.cat([factors.repeat(count, 1) for count, factors in self.turns])
+        tokens = len(self.spread) - sum((count - 1) * length for count, length in self.texts)
+        # Text has the same angles in every window.
+        of_token = packed.new_empty(tokens, packed.shape[1])
+        of_token[self.gather] = packed
+        return of_token.real.contiguous(), of_token.imag.contiguous()
 
 
 @dataclass(frozen=True)
@@ -141,21 +169,21 @@ def _window_layout(
 ) -> WindowLayout:
     n = sum(math.prod(grid) for grid in grids)
     vid_start, txt_start = 0, n
-    windows = []
+    dealt = []
     for sample, (grid, text_length) in enumerate(zip(grids, text_lengths, strict=True)):
         order, shapes = window_tokens(grid, config.windows, shifted)
         text = torch.arange(txt_start, txt_start + text_length)
         parts = (vid_start + order).split([math.prod(shape) for shape in shapes])
-        windows += [_Window(shape, sample, part, text) for shape, part in zip(shapes, parts, strict=True)]
+        dealt += [_Window(shape, sample, part, text) for shape, part in zip(shapes, parts, strict=True)]
         vid_start += len(order)
         txt_start += text_length
-    windows.sort(key=lambda window: window.kind)
+    dealt.sort(key=lambda window: window.kind)
 
-    gather = torch.cat([part for window in windows for part in (window.vid, window.txt)])
-    runs = [(kind, len(list(run))) for kind, run in groupby(window.kind for window in windows)]
-    counts = Counter(window.sample for window in windows)
+    gather = torch.cat([part for window in dealt for part in (window.vid, window.txt)])
+    runs = [(kind, len(list(run))) for kind, run in groupby(window.kind for window in dealt)]
+    counts = Counter(window.sample for window in dealt)
     # Video tokens come first and in order; the text of the windows follows, sample after sample.
-    sample = torch.cat([torch.full(window.txt.shape, window.sample) for window in windows])
+    sample = torch.cat([torch.full(window.txt.shape, window.sample) for window in dealt])
     rank = gather.clone()
     rank[gather >= n] = n + sample
     return WindowLayout(
@@ -167,6 +195,7 @@ def _window_layout(
             for (_, shape, text_length), count in runs
         ),
         sequences=Sequences(tuple(length for (length, _, _), count in runs for _ in range(count)), device),
+        samples=tuple(window.sample for window in dealt),
     )
 
 
@@ -268,13 +297,31 @@ class Gains(NamedTuple):
     scale: Tensor
     gate: Tensor
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, choices: Choices | None = None) -> Tensor:
         """Normalised and modulated, what the sub-layer reads."""
-        return modulate(rms(x), self.shift, self.scale)
 
-    def leave(self, x: Tensor, out: Tensor) -> Tensor:
+        def library() -> Tensor:
+            return modulate(rms(x), self.shift, self.scale)
+
+        if choices is None or len(self.scale) > 1:
+            return library()
+        kernel = partial(norm_modulate, x, self.scale[0], self.shift[0], NORM_EPS)
+        return choices.run(_token_question("norm_modulate", x), library, {"kernel": kernel})
+
+    def leave(self, x: Tensor, out: Tensor, choices: Choices | None = None) -> Tensor:
         """The residual stream x plus the gated result of the sub-layer."""
-        return torch.addcmul(_shares(x, self.gate), _shares(out, self.gate), self.gate).flatten(0, 1)
+
+        def library() -> Tensor:
+            return torch.addcmul(_shares(x, self.gate), _shares(out, self.gate), self.gate).flatten(0, 1)
+
+        if choices is None or len(self.gate) > 1:
+            return library()
+        kernel = partial(gate_residual, x, out, self.gate[0])
+        return choices.run(_token_question("gate_residual", x), library, {"kernel": kernel})
+
+
+def _token_question(operation: str, x: Tensor) -> Question:
+    return Question(operation, (x.shape[1], rounded(len(x))), x.dtype, x.device)
 
 
 class SwiGLU(nn.Module):
@@ -312,35 +359,106 @@ class WindowAttention(nn.Module):
         self.rope = RopeBuffer(config.rope, config.head_dim)
 
     def forward(
-        self, vid: Tensor, txt: Tensor, layout: WindowLayout, attention: str, rows: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """n c and l c in and out. The text that comes out is still to be projected, see `project_text`."""
-        q, k, v = (_rows(x, layout.gather) for x in self._qkv(vid, txt, rows))
-        call = AttentionCall(rotate(q, layout.turns), rotate(k, layout.turns), v, layout.sequences)
-        out = _rows(varlen_attention(call, attention).flatten(1), layout.spread)
-        vid, *texts = out.split([len(vid), *(windows * length for windows, length in layout.texts)])
-        txt = [text.unflatten(0, shape).mean(0) for text, shape in zip(texts, layout.texts, strict=True)]
-        return self.proj_out["vid"](vid), torch.cat(txt)
+        self,
+        vid: Tensor,
+        txt: Tensor,
+        layout: WindowLayout,
+        attention: str,
+        rows: int | None = None,
+        choices: Choices | None = None,
+        answers: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """n c and l c in and out. The text that comes out is still to be projected, see `project_text`; there is none
+        unless `answers`."""
+        projected = self._project(vid, txt)
+        gathered = partial(self._gathered, projected, layout, attention, answers, rows)
+        # An implementation that was asked for by name is what runs.
+        tiles = windows.tiles(self.head_dim) if choices and attention == "auto" else ()
+        if not tiles:
+            out = gathered()
+        else:
+            n, heads, d = len(vid), projected[0].shape[2], self.head_dim
+            shape = (heads, d, int(answers), rounded(n), rounded(layout.map.longest))
+            question = Question("windows", shape, vid.dtype, vid.device)
+            in_place = partial(self._in_place, projected, n, layout, answers)
+            kernels = {tile.name: partial(in_place, tile) for tile in tiles}
+            out = choices.run(question, gathered, kernels, trial=partial(gathered, keep=True))
+            projected.clear()
+        return self.proj_out["vid"](out[0]), out[1] if answers else None
 
     def project_text(self, txt: Tensor) -> Tensor:
         return self.proj_out["txt"](txt)
 
-    def _qkv(self, vid: Tensor, txt: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of [video tokens, text tokens], not rotated yet: n+l heads d."""
+    def _project(self, vid: Tensor, txt: Tensor) -> list[Tensor]:
+        """Queries, keys and values 3 n heads d: of all tokens where weights are shared, else of video and of text."""
         if self.proj_qkv.shared:
-            return self._project(torch.cat([vid, txt]), "vid", rows)
-        q, k, v = zip(self._project(vid, "vid", rows), self._project(txt, "txt", rows), strict=True)
+            projected = [self.proj_qkv["vid"](torch.cat([vid, txt]))]
+        else:
+            projected = [self.proj_qkv["vid"](vid), self.proj_qkv["txt"](txt)]
+        return [rearrange(x, "n (three heads d) -> three n heads d", three=3, d=self.head_dim) for x in projected]
+
+    def _gathered(
+        self,
+        projected: list[Tensor],
+        layout: WindowLayout,
+        attention: str,
+        answers: bool,
+        rows: int | None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """Video n c and, if it answers, text l c; every window with copies of what it reads. Uses up what is projected,
+        unless told to keep it."""
+        q, k, v = (_rows(x, layout.gather) for x in self._normed_heads(projected, rows, keep))
+        call = AttentionCall(rotate(q, layout.turns), rotate(k, layout.turns), v, layout.sequences)
+        out = _rows(varlen_attention(call, attention).flatten(1), layout.spread)
+        texts = [count * length for count, length in layout.texts]
+        vid, *texts = out.split([len(out) - sum(texts), *texts])
+        if not answers:
+            return [vid]
+        txt = [text.unflatten(0, shape).mean(0) for text, shape in zip(texts, layout.texts, strict=True)]
+        return [vid, torch.cat(txt)]
+
+    def _normed_heads(self, projected: list[Tensor], rows: int | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of [video tokens, text tokens], not rotated yet: n+l heads d."""
+        heads = []
+        for (q, k, v), stream in zip(projected, ("vid", "txt"), strict=False):
+            q, k = (_normed(x, norm[stream].weight, rows, keep) for x, norm in ((q, self.norm_q), (k, self.norm_k)))
+            heads.append((q, k, v))
+        if not keep:
+            # Whoever called this still holds the list; the tensors shall go as soon as they have been dealt out.
+            projected.clear()
+        if len(heads) == 1:
+            return heads[0]
+        q, k, v = zip(*heads, strict=True)
         return torch.cat(q), torch.cat(k), torch.cat(v)
 
-    def _project(self, x: Tensor, stream: Stream, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.proj_qkv[stream](x)
-        q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, d=self.head_dim)
-        return _normed(q, self.norm_q[stream].weight, rows), _normed(k, self.norm_k[stream].weight, rows), v
+    def _in_place(
+        self, projected: list[Tensor], n: int, layout: WindowLayout, answers: bool, tile: windows.Tile
+    ) -> list[Tensor]:
+        """The same by our kernel, which finds tokens where they are."""
+        if len(projected) == 1:
+            projected = [projected[0][:, :n], projected[0][:, n:]]
+        streams = [
+            windows.StreamCall(
+                q=q if answers or stream == "vid" else None,
+                k=k,
+                v=v,
+                norm_q=self.norm_q[stream].weight,
+                norm_k=self.norm_k[stream].weight,
+            )
+            for (q, k, v), stream in zip(projected, ("vid", "txt"), strict=True)
+        ]
+        cos, sin = layout.angles
+        vid, txt = windows.attend(
+            windows.WindowCall(vid=streams[0], txt=streams[1], cos=cos, sin=sin, eps=NORM_EPS, windows=layout.map), tile
+        )
+        out = [vid] if txt is None else [vid, windows.mean_over_windows(txt, layout.map)]
+        return [x.flatten(1) for x in out]
 
 
-def _normed(x: Tensor, weight: Tensor, rows: int | None) -> Tensor:
-    """RMS norm of n heads d; in the memory of x, which nobody else holds, where no gradient is needed."""
-    if torch.is_grad_enabled():
+def _normed(x: Tensor, weight: Tensor, rows: int | None, keep: bool) -> Tensor:
+    """RMS norm of n heads d; in the memory of x unless that is to be kept, or a gradient needed."""
+    if keep or torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
     for part in x.split(rows or len(x)):
         part.mul_(inverse_rms(part)).mul_(weight)
@@ -374,21 +492,22 @@ class Block(nn.Module):
         layout: WindowLayout,
         attention: str,
         rows: int | None = None,
+        choices: Choices | None = None,
     ) -> tuple[Tensor, Tensor]:
         """n c and l c in and out; `rows` as for the model, where all tokens have one conditioning."""
         (vid_attn, vid_mlp), (txt_attn, txt_mlp) = self.ada["vid"](vid_cond), self.ada["txt"](txt_cond)
-        vid_in = in_turns(vid_attn.enter, vid, rows)
-        txt_in = txt_attn.enter(txt) if self.modulate_text else rms(txt)
-        vid_out, txt_out = self.attn(vid_in, txt_in, layout, attention, rows)
-        vid = vid_attn.leave(vid, vid_out)
-        vid = in_turns(partial(self._feed, "vid", vid_mlp), vid, rows)
+        vid_in = in_turns(partial(vid_attn.enter, choices=choices), vid, rows)
+        txt_in = txt_attn.enter(txt, choices) if self.modulate_text else rms(txt)
+        vid_out, txt_out = self.attn(vid_in, txt_in, layout, attention, rows, choices, answers=not self.last)
+        vid = vid_attn.leave(vid, vid_out, choices)
+        vid = in_turns(partial(self._feed, "vid", vid_mlp, choices), vid, rows)
         if self.last:
             return vid, txt
-        txt = txt_attn.leave(txt, self.attn.project_text(txt_out))
-        return vid, self._feed("txt", txt_mlp, txt)
+        txt = txt_attn.leave(txt, self.attn.project_text(txt_out), choices)
+        return vid, self._feed("txt", txt_mlp, choices, txt)
 
-    def _feed(self, stream: Stream, gains: Gains, x: Tensor) -> Tensor:
-        return gains.leave(x, self.mlp[stream](gains.enter(x)))
+    def _feed(self, stream: Stream, gains: Gains, choices: Choices | None, x: Tensor) -> Tensor:
+        return gains.leave(x, self.mlp[stream](gains.enter(x, choices)), choices)
 
 
 def in_turns(f: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> Tensor:
@@ -469,6 +588,8 @@ class DiT(nn.Module):
         layout: Layout | None = None,
         attention: str = "auto",
         rows: int | None = None,
+        blocks: Sequence[Block] | None = None,
+        choices: Choices | None = None,
         on_block: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """Velocity of every sample.
@@ -482,6 +603,10 @@ class DiT(nn.Module):
             attention: a name of `seedvr2_core.attention`, or "auto".
             rows: video tokens that norms and feed-forwards take at a time, given one sample and no gradient; fewer
                 take less memory. None: all of them, but on a CPU only as many as its cache holds.
+            blocks: the layers, where they do not simply lie in `self.blocks`; each is used when it is handed out, until
+                the next one is asked for.
+            choices: who says where kernels of our own are faster than the library. They compute no gradients, and take
+                part in attention only if that is "auto". None: the library everywhere.
             on_block: called as on_block(done, total) after every layer; it may raise to cancel.
 
         Returns:
@@ -498,12 +623,15 @@ class DiT(nn.Module):
             rows = None
         elif rows is None and vid.device.type == "cpu":
             rows = CPU_ROWS
+        if torch.is_grad_enabled():
+            choices = None
         embedding = self.emb_in(timesteps)
         vid_cond, txt_cond = Conditioning(embedding, counts), Conditioning(embedding, layout.text_lengths)
-        for index, block in enumerate(self.blocks):
-            vid, txt = block(vid, txt, vid_cond, txt_cond, layout.of_layer(index), attention, rows)
+        blocks = self.blocks if blocks is None else blocks
+        for index, block in enumerate(blocks):
+            vid, txt = block(vid, txt, vid_cond, txt_cond, layout.of_layer(index), attention, rows, choices)
             if on_block:
-                on_block(index + 1, len(self.blocks))
+                on_block(index + 1, len(blocks))
         out = in_turns(partial(self._head, vid_cond), vid, rows).split(counts)
         return [unpatchify(tokens, grid) for tokens, grid in zip(out, layout.grids, strict=True)]
 

@@ -116,6 +116,17 @@ def pack(module: Module, name: str = "auto") -> Module:
     return module
 
 
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the packing that layers of this type will get there, or "none", so that it can be refused, and told,
+    before anything is loaded.
+
+    Raises:
+        SettingError: as `pack`.
+    """
+    packing = _choose([torch.empty(FP8_STEP, FP8_STEP, device=device, dtype=dtype)], name)
+    return packing.name if packing else "none"
+
+
 def _choose(weights: list[Tensor], name: str) -> Packing | None:
     if name == "auto":
         able = (packing for packing in PACKINGS if packing.exact and not _why_not(packing, weights))

@@ -11,6 +11,8 @@ Attribute names are those of the published checkpoint, so its tensors load stric
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 # Decoder stages that double time, encoder stages (counted from the last sampler) that halve it.
 TEMPORAL_STAGES = 2
-# The attention of the middle block scores every position of a frame against every other. Queries are taken in turns
-# so that no more than this many scores exist at once (a 4K frame would need 17 billion).
+# The attention of the middle block scores every position of a frame against every other. Where torch has no kernel that
+# keeps them to itself, queries are taken in turns so that no more than this many scores exist at once (a 4K frame would
+# need 17 billion).
 MAX_SCORES = 1 << 26
 
 
@@ -39,6 +42,8 @@ class VAEConfig:
 
 
 SEEDVR2_VAE = VAEConfig()
+# Queries, keys and values of frames, n positions c, to what every position gets.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CausalState(dict["CausalConv3d", Tensor]):
@@ -47,6 +52,10 @@ class CausalState(dict["CausalConv3d", Tensor]):
     Belongs to one clip and one network; treat it as opaque. Size for the published model, in elements per pixel of a
     full-resolution frame: 1,942 while encoding, 4,321 while decoding, whatever the length of the clip.
     """
+
+    def begin(self) -> CausalState:
+        """What the next slice works on: a copy, so that a slice that fails leaves this state as it was."""
+        return CausalState(self)
 
 
 class Pass:
@@ -132,15 +141,36 @@ class FrameAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, _, h, w = x.shape
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """b c t h w in and out; `attend` computes what `attend_to_frame` does."""
+        b, _, _, h, _ = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
-        tokens = rearrange(self.group_norm(frames), "n c h w -> n 1 (h w) c")
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        turn = max(1, MAX_SCORES // (frames.shape[0] * h * w))
-        out = [F.scaled_dot_product_attention(part, k, v) for part in q.split(turn, dim=2)]
-        out = self.to_out[0](torch.cat(out, dim=2) if len(out) > 1 else out[0])
-        return x + rearrange(out, "(b t) 1 (h w) c -> b c t h w", b=b, h=h)
+        tokens = rearrange(self.group_norm(frames), "n c h w -> n (h w) c")
+        out = (attend or attend_to_frame)(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + rearrange(self.to_out[0](out), "(b t) (h w) c -> b c t h w", b=b, h=h)
+
+
+def attend_to_frame(q: Tensor, k: Tensor, v: Tensor, on_turn: Callable[[], None] = lambda: None) -> Tensor:
+    """Softmax attention of every frame, with one head: n positions c. `on_turn` is called after every turn."""
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    n, _, positions, _ = q.shape
+    turn = positions if keeps_scores(q, k, v) else max(1, MAX_SCORES // (n * positions))
+    out = []
+    for part in q.split(turn, dim=2):
+        out.append(F.scaled_dot_product_attention(part, k, v))
+        on_turn()
+    return (torch.cat(out, dim=2) if len(out) > 1 else out[0]).squeeze(1)
+
+
+def keeps_scores(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch computes this attention, n heads l c, in a kernel that keeps the scores to itself.
+
+    That of CUDA takes heads of any width, and wants many queries at once.
+    """
+    if not q.is_cuda:
+        return False
+    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_efficient_attention(call)
 
 
 class MidBlock(nn.Module):
@@ -274,6 +304,14 @@ class VideoVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    def watched(self, on_step: Callable[[], None]) -> AbstractContextManager[None]:
+        """Meanwhile `FastVAE` calls this after every step of a slice; here a slice is a single step."""
+        return nullcontext()
 
     def encode_slice(self, clip: Tensor, state: CausalState, last: bool = False) -> tuple[Tensor, CausalState]:
         """Encode the next frames of a clip.

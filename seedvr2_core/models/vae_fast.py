@@ -6,7 +6,7 @@ Built from the weights of a `VideoVAE`, which stays the definition. What is diff
   the temporal convolutions look at a frame's predecessors, which they keep in the `CausalState`.
 - The first frame of a clip meets itself under every tap, so the taps are added up beforehand: a third of the work. A
   picture is nothing but a first frame.
-- Two frames at a time share products (Winograd's F(2, 3) in time): four 2-D convolutions instead of six.
+- Two frames, and two rows, at a time share products, see `winograd`.
 - An upsampler (1x1x1 convolution, channels to space, causal convolution) is one linear map, whose output phases are
   small kernels on the coarse grid. Its state is coarse as well.
 
@@ -16,8 +16,11 @@ Built from the weights of a `VideoVAE`, which stays the definition. What is diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Protocol
 
@@ -26,6 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels import Choices
+from . import vae_chosen
 from .row_split import RowSplit
 from .vae import (
     CausalConv3d,
@@ -40,9 +45,15 @@ from .vae import (
     Upsampler,
     VAEConfig,
     VideoVAE,
+    attend_to_frame,
 )
+from .vae_chosen import ChosenConv, ChosenNormSilu, ChosenResnet
+from .winograd import WinogradTaps
 
 Frames = list[Tensor]
+
+# Positions of a frame whose values torch may add up one by one; see `large_norm`.
+SUMMED = 4096
 
 
 class Step(Protocol):
@@ -52,19 +63,37 @@ class Step(Protocol):
         """The next frames of a clip in, what comes of them out. What later ones will need is left in the state."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class FastOptions:
-    """How the same numbers are computed."""
+    """How the same numbers are computed. An autoencoder has its own, of which `block` and `band` may change between two
+    slices, see `FastVAE.take`."""
 
     # Frames that pass a stage at once. More is faster on small frames, fewer takes less memory.
     block: int = 2
     # Channels from which two frames share products; None: never. Below, the additions cost more than they save.
     winograd_from: int | None = 128
+    # Channels from which two rows share products as well; None: never. In types of 16 bits, to whose rounding every
+    # sharing adds, from twice as many.
+    winograd_rows_from: int | None = 128
     # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
     # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
     band: int | None = None
+    # Called after every step; see `FastVAE.watched`.
+    on_step: Callable[[], None] | None = None
     # Where this process has only some rows of every frame: how it meets the others.
     split: RowSplit | None = None
+    # Who says where kernels of our own are faster than the library, on a GPU; None: the library everywhere.
+    choices: Choices | None = None
+
+    def step(self) -> None:
+        """Tell whoever watches."""
+        if self.on_step:
+            self.on_step()
+
+    @property
+    def choosing(self) -> Choices | None:
+        """`choices`, where there is a choice: shared frames are left to the library."""
+        return None if self.split else self.choices
 
 
 class FastVAE:
@@ -73,12 +102,28 @@ class FastVAE:
     States of the two are not interchangeable.
     """
 
-    def __init__(self, vae: VideoVAE, options: FastOptions = FastOptions()):
+    def __init__(self, vae: VideoVAE, options: FastOptions | None = None):
         self.config: VAEConfig = vae.config
-        self.options = options
+        weight = vae.decoder.conv_in.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        # Its own copy, which `take` may change.
+        self.options = options = replace(options or FastOptions())
         with torch.no_grad():
             self.encoder = encoder_steps(vae.encoder, options)
             self.decoder = decoder_steps(vae.decoder, options)
+
+    def take(self, block: int, band: int | None) -> None:
+        """From the next slice on, compute this much at once, see `FastOptions`."""
+        self.options.block, self.options.band = block, band
+
+    @contextmanager
+    def watched(self, on_step: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile call this after every step of a slice; it may raise to cancel."""
+        self.options.on_step = on_step
+        try:
+            yield
+        finally:
+            self.options.on_step = None
 
     def encode_slice(self, clip: Tensor, state: CausalState, last: bool = False) -> tuple[Tensor, CausalState]:
         return self._run(self.encoder, clip, state, last)
@@ -96,8 +141,7 @@ class FastVAE:
     def _run(self, steps: Sequence[Step], x: Tensor, state: CausalState, last: bool) -> tuple[Tensor, CausalState]:
         # The first frame of a clip goes alone: what follows comes in pairs.
         parts = [x] if state else x.split([1, x.shape[2] - 1], dim=2)
-        # A copy of the dict, not of its tensors: a slice that fails leaves the caller's state as it was.
-        state = CausalState(state)
+        state = state.begin()
         out: Frames = []
         for part in parts:
             blocks: Iterator[Frames] = ([channels_last(frame)] for frame in part.unbind(2))
@@ -112,37 +156,45 @@ def flow(step: Step, blocks: Iterable[Frames], state: CausalState, size: int) ->
     waiting: Frames = []
     for block in blocks:
         waiting += block
+        # Nothing here may hold frames that are done with while the next ones are computed.
+        del block
         while len(waiting) >= size:
-            ready, waiting = waiting[:size], waiting[size:]
-            yield step(ready, state)
+            yield step(take(waiting, size), state)
     if waiting:
         yield step(waiting, state)
+
+
+def take(waiting: Frames, size: int) -> Frames:
+    """The first so many frames, which wait no longer."""
+    taken = waiting[:size]
+    del waiting[:size]
+    return taken
 
 
 def encoder_steps(encoder: Encoder, options: FastOptions) -> list[Step]:
     """The encoder, cut where frames get fewer."""
     mid = encoder.mid_block
-    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), Resnet(mid.resnets[1], options)]
+    middle = [resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), resnet(mid.resnets[1], options)]
     return [
         temporal_conv(encoder.conv_in, options),
         *(step for stage in encoder.down_blocks for step in stage_steps(stage, options)),
-        Chain([*middle, NormSilu(encoder.conv_norm_out, options), temporal_conv(encoder.conv_out, options)]),
+        Chain([*middle, norm_silu(encoder.conv_norm_out, options), temporal_conv(encoder.conv_out, options)], options),
     ]
 
 
 def decoder_steps(decoder: Decoder, options: FastOptions) -> list[Step]:
     """The decoder, cut where frames get more."""
     mid = decoder.mid_block
-    middle = [Resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), Resnet(mid.resnets[1], options)]
+    middle = [resnet(mid.resnets[0], options), Attention(mid.attentions[0], options), resnet(mid.resnets[1], options)]
     return [
-        Chain([temporal_conv(decoder.conv_in, options), *middle]),
+        Chain([temporal_conv(decoder.conv_in, options), *middle], options),
         *(step for stage in decoder.up_blocks for step in stage_steps(stage, options)),
-        Chain([NormSilu(decoder.conv_norm_out, options), temporal_conv(decoder.conv_out, options)]),
+        Chain([norm_silu(decoder.conv_norm_out, options), temporal_conv(decoder.conv_out, options)], options),
     ]
 
 
 def stage_steps(stage: Stage, options: FastOptions) -> list[Step]:
-    blocks = Chain([Resnet(step, options) for step in stage.steps if isinstance(step, ResnetBlock)])
+    blocks = Chain([resnet(step, options) for step in stage.steps if isinstance(step, ResnetBlock)], options)
     sampler = stage.steps[-1]
     if isinstance(sampler, Downsampler):
         return [blocks, (TemporalDown if sampler.temporal else SpatialDown)(sampler, options)]
@@ -154,13 +206,18 @@ def stage_steps(stage: Stage, options: FastOptions) -> list[Step]:
 class Chain:
     """Steps one after the other, all for the same frames."""
 
-    def __init__(self, steps: Sequence[Step]):
-        self.steps = steps
+    def __init__(self, steps: Sequence[Step], options: FastOptions):
+        self.steps, self.options = steps, options
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         for step in self.steps:
             frames = step(frames, state)
+            self.options.step()
         return frames
+
+
+def norm_silu(norm: FrameNorm, options: FastOptions) -> NormSilu | ChosenNormSilu:
+    return ChosenNormSilu(norm, options.choosing) if options.choosing else NormSilu(norm, options)
 
 
 class NormSilu:
@@ -171,7 +228,41 @@ class NormSilu:
         return [F.silu(self.normed(frame), inplace=True) for frame in frames]
 
     def normed(self, frame: Tensor) -> Tensor:
-        return self.norm.of_frame(frame) if self.split is None else split_norm(frame, self.norm, self.split)
+        if self.split is not None:
+            return split_norm(frame, self.norm, self.split)
+        if frame.shape[-2] * frame.shape[-1] <= SUMMED:
+            return self.norm.of_frame(frame)
+        return torch.cat([large_norm(clip, self.norm) for clip in frame.split(1)])
+
+
+def large_norm(frame: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group norm of a large frame, 1 c H W, with statistics that stay true.
+
+    In channels-last memory on a CPU, torch adds up all values of a group one after the other, in fp32. At half a
+    million values the result is off by a thousandth, and more in larger frames. So it is asked for bands of rows, whose
+    means and variances are put together in fp64.
+    """
+    frame = channels_last(frame)
+    _, c, h, w = frame.shape
+    rows = max(1, SUMMED // w)
+    # Weights in fp32 keep the statistics in fp32.
+    ones = frame.new_ones(c, dtype=torch.float32)
+    means, variances, counts = [], [], []
+    for start, stop, size in ((0, h // rows * rows, rows), (h // rows * rows, h, h % rows)):
+        if start == stop:
+            continue
+        bands = rearrange(frame[0, :, start:stop], "c (n h) w -> n c h w", h=size)
+        _, mean, scale = torch.native_group_norm(
+            bands, ones, ones, len(bands), c, size * w, norm.num_groups, norm.eps
+        )
+        means.append(mean.double())
+        variances.append(scale.double().pow(-2) - norm.eps)
+        counts += [size / h] * len(bands)
+    mean, variance, share = torch.cat(means), torch.cat(variances), means[0].new_tensor(counts)[:, None]
+    whole = (mean * share).sum(0)
+    spread = ((variance + (mean - whole).square()) * share).sum(0)
+    of_channel = (x.float().repeat_interleave(c // norm.num_groups) for x in (whole, spread))
+    return F.batch_norm(frame, *of_channel, norm.weight.float(), norm.bias.float(), eps=norm.eps)
 
 
 def split_norm(frame: Tensor, norm: nn.GroupNorm, split: RowSplit) -> Tensor:
@@ -192,47 +283,66 @@ def split_norm(frame: Tensor, norm: nn.GroupNorm, split: RowSplit) -> Tensor:
 class Attention:
     def __init__(self, attention: FrameAttention, options: FastOptions):
         self.attention, self.split = attention, options.split
+        self.how = (
+            partial(vae_chosen.attend, options.choices)
+            if options.choices
+            else partial(attend_to_frame, on_turn=options.step)
+        )
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         return [channels_last(self.attend(frame)) for frame in frames]
 
     def attend(self, frame: Tensor) -> Tensor:
         if self.split is None:
-            return self.attention(frame.unsqueeze(2)).squeeze(2)
+            return self.attention(frame.unsqueeze(2), self.how).squeeze(2)
         # On the coarsest grid there is little to compute, so every process does all of it.
         whole, rows = self.split.gather(frame)
-        return self.attention(whole.unsqueeze(2)).squeeze(2)[:, :, rows]
+        return self.attention(whole.unsqueeze(2), self.how).squeeze(2)[:, :, rows]
+
+
+def resnet(block: ResnetBlock, options: FastOptions) -> Resnet | ChosenResnet:
+    parts = ((block.norm1, block.conv1), (block.norm2, block.conv2))
+    halves = [(norm_silu(norm, options), temporal_conv(conv, options)) for norm, conv in parts]
+    if options.choosing:
+        return ChosenResnet(*halves, Skip(block))
+    return Resnet(*(Chain(half, options) for half in halves), Skip(block))
 
 
 class Resnet:
-    def __init__(self, block: ResnetBlock, options: FastOptions):
-        self.first = Chain([NormSilu(block.norm1, options), temporal_conv(block.conv1, options)])
-        self.second = Chain([NormSilu(block.norm2, options), temporal_conv(block.conv2, options)])
-        self.shortcut = None
-        if block.conv_shortcut is not None:
-            self.shortcut = channels_last(block.conv_shortcut.weight.squeeze(2)), block.conv_shortcut.bias
+    def __init__(self, first: Step, second: Step, skip: Skip):
+        self.first, self.second, self.skip = first, second, skip
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         out = self.second(self.first(frames, state), state)
         return [frame.add_(self.skip(source)) for frame, source in zip(out, frames, strict=True)]
 
-    def skip(self, frame: Tensor) -> Tensor:
+
+class Skip:
+    """The way around a residual block."""
+
+    def __init__(self, block: ResnetBlock):
+        self.shortcut = None
+        if block.conv_shortcut is not None:
+            self.shortcut = channels_last(block.conv_shortcut.weight.squeeze(2)), block.conv_shortcut.bias
+
+    def __call__(self, frame: Tensor) -> Tensor:
         return F.conv2d(frame, *self.shortcut) if self.shortcut else frame
 
 
-def temporal_conv(conv: CausalConv3d, options: FastOptions) -> TemporalConv:
-    return TemporalConv(conv.weight, conv.bias, options)
+def temporal_conv(conv: CausalConv3d, options: FastOptions) -> TemporalConv | ChosenConv:
+    if not options.choosing:
+        return TemporalConv(conv.weight, conv.bias, options)
+    # One copy of the weight serves all ways to use it.
+    weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
+    taps, bare = (TemporalConv(weight, bias, options).taps for bias in (conv.bias, None))
+    return ChosenConv(weight, conv.bias, taps, bare, options.choosing)
 
 
 class TemporalConv:
     """A causal convolution with 3 taps in time and stride 1. Its state are the two frames before."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, options: FastOptions):
-        channels = weight.shape[1]
-        shares = options.winograd_from is not None and channels >= options.winograd_from
-        self.taps: ThreeTaps = (WinogradTaps if shares else DirectTaps)(weight, bias)
-        if options.band is not None:
-            self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: FastOptions):
+        self.taps: ThreeTaps = BandedTaps(three_taps(weight, bias, options), weight.shape[-1], options)
         self.split = options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
@@ -262,12 +372,22 @@ class ThreeTaps(Taps, Protocol):
         """The result at a frame before which it was always the same."""
 
 
+def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> ThreeTaps:
+    c, k = weight.shape[1], weight.shape[-1]
+    if options.winograd_from is None or c < options.winograd_from:
+        return DirectTaps(weight, bias)
+    rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
+    # Two rows of the small kernels of an upsampler would share too little.
+    paired_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
+    return WinogradTaps(weight, bias, paired_rows)
+
+
 class BandedTaps:
     """Bands of rows, one after the other. Exact: a band gets the neighbours' rows that its kernel reaches."""
 
-    def __init__(self, taps: ThreeTaps | StackedTaps, kernel: int, positions: int):
+    def __init__(self, taps: ThreeTaps | StackedTaps, kernel: int, options: FastOptions):
         """`kernel` is the kernel's height, 2 or 3."""
-        self.taps, self.kernel, self.positions = taps, kernel, positions
+        self.taps, self.kernel, self.options = taps, kernel, options
 
     def still(self, frame: Tensor) -> Tensor:
         return self.in_bands(lambda frames: [self.taps.still(*frames)], [frame])[0]
@@ -277,7 +397,8 @@ class BandedTaps:
 
     def in_bands(self, compute: Callable[[Frames], Frames], frames: Frames) -> Frames:
         height, width = frames[0].shape[-2:]
-        rows = max(1, self.positions // width)
+        band = self.options.band
+        rows = height if band is None else max(1, band // width)
         if rows >= height:
             return compute(frames)
         # A kernel of 2 rows has one result more: before the first row, between rows, behind the last.
@@ -299,7 +420,7 @@ class BandedTaps:
 class DirectTaps:
     """Frames stacked, one call."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self.bias = bias
 
@@ -311,40 +432,6 @@ class DirectTaps:
         stacked = frames[0].new_empty(b, len(frames), h, w, c).permute(0, 4, 1, 2, 3)
         torch.stack(frames, dim=2, out=stacked)
         return list(F.conv3d(stacked, self.weight, self.bias, padding=(0, 1, 1)).unbind(2))
-
-
-class WinogradTaps:
-    """Two frames at a time, four products instead of six.
-
-    Source: Winograd's F(2, 3), in one dimension; Lavin and Gray, arXiv 1509.09308.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        early, middle, late = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)
-        # The last one is negative, so that everything below is added.
-        kernels = (early, (early + middle + late) / 2, (early - middle + late) / 2, -late)
-        self.outer, self.total, self.difference, self.inner = (channels_last(k.to(weight.dtype)) for k in kernels)
-        self.bias = bias
-
-    def still(self, frame: Tensor) -> Tensor:
-        return self.conv(frame + frame, self.total, self.bias)
-
-    def moving(self, frames: Frames) -> Frames:
-        out: Frames = []
-        for start in range(0, len(frames) - 2, 2):
-            out += self.pair(*frames[start : start + 4])
-        return out
-
-    def pair(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None) -> Frames:
-        """The results at c and d, or at c alone."""
-        first, second = self.conv(b + c, self.total), self.conv(c - b, self.difference)
-        out = [self.conv(a - c, self.outer, self.bias).add_(first).add_(second)]
-        if d is not None:
-            out.append(self.conv(b - d, self.inner, self.bias).add_(first).sub_(second))
-        return out
-
-    def conv(self, frame: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(frame, kernel, bias, padding=1)
 
 
 class SpatialDown:
@@ -497,8 +584,7 @@ class CoarseUp:
     def __init__(self, sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]):
         weight, bias, self.phases = merge(sampler, options, taps)
         self.taps: Taps = StackedTaps(weight, bias)
-        if options.band is not None:
-            self.taps = BandedTaps(self.taps, weight.shape[-1], options.band)
+        self.taps = BandedTaps(self.taps, weight.shape[-1], options)
         self.split = options.split
 
     def __call__(self, coarse: Frames) -> Frames:

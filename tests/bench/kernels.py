@@ -19,8 +19,9 @@ from torch import Tensor
 from seedvr2_core.attention import AttentionCall, Sequences, varlen_attention
 from seedvr2_core.attention import windows as attention
 from seedvr2_core.kernels import causal_conv3d as conv
-from seedvr2_core.kernels import group_norm, modulate
+from seedvr2_core.kernels import frame_attention, group_norm, modulate
 from seedvr2_core.kernels.choice import why_not
+from seedvr2_core.models.vae import attend_to_frame
 from seedvr2_core.models.windows import WindowConfig, window_tokens
 from seedvr2_core.video.geometry import Grid
 from tests.bench.measure import Call, Case, Options, main, random
@@ -41,6 +42,8 @@ CONVS = (
 QUICK_CONVS = ((64, 64, (2, 20, 36)),)
 NORMS = ((128, (4, 768, 1344)), (256, (4, 384, 672)), (512, (4, 192, 336)))
 QUICK_NORMS = ((64, (2, 20, 36)),)
+# Positions of a frame of 720p and of the paper's, for the attention of the autoencoder, and its channels.
+FRAMES, QUICK_FRAMES, FRAME_CHANNELS = (90 * 160, 96 * 168), (200,), 512
 # Tokens and channels of 25 frames of 720p, 3B and 7B; a 4K picture.
 TOKENS = ((25200, 2560), (25200, 3072), (32400, 2560))
 QUICK_TOKENS = ((90, 256),)
@@ -87,6 +90,9 @@ def norm(how: str, channels: int, shape: tuple[int, int, int], device: torch.dev
     x = random((1, channels, *shape), DTYPE, device).to(memory_format=LAST)
     weight, bias = random((2, channels), DTYPE, device, seed=2)
     frames = x[0].transpose(0, 1)
+    if how == "channels-last library":
+        statistics, apply = group_norm.torch_statistics, group_norm.torch_apply_norm_silu
+        return repeated(lambda: apply(frames, statistics(frames, GROUPS), weight, bias, VAE_EPS))
     if how == "library":
         return repeated(lambda: F.silu(F.group_norm(frames, GROUPS, weight, bias, VAE_EPS), inplace=True))
     if how == "kernel":
@@ -112,6 +118,17 @@ def modulation(how: str, tokens: int, channels: int, device: torch.device) -> Ca
         "fp32": (modulate.reference_norm_modulate, modulate.reference_gate_residual),
     }[how]
     return repeated(lambda: leave(x, enter(x, scale, shift, DIT_EPS), gate))
+
+
+def frame(how: str, positions: int, device: torch.device) -> Call:
+    """The attention of the autoencoder, a single head, in one frame."""
+    q, k, v = random((3, 1, positions, FRAME_CHANNELS), DTYPE, device).unbind()
+    if how == "library":
+        return repeated(lambda: attend_to_frame(q, k, v))
+    if how == "fp32":
+        return repeated(lambda: attend_to_frame(q.float(), k.float(), v.float()))
+    tile = next(tile for tile in frame_attention.TILES if tile.name == how)
+    return repeated(lambda: frame_attention.attend(q, k, v, tile))
 
 
 def windows(how: str, grid: Grid, shifted: bool, device: torch.device) -> Call:
@@ -194,9 +211,13 @@ def list_cases(options: Options) -> Sequence[Case]:
         name = f"conv {c_in}->{c_out} {'x'.join(map(str, shape))}"
         add(name, convolution, "channels_last_3d", ["NCDHW", *tiles], c_in, c_out, shape)
     for channels, shape in QUICK_NORMS if quick else NORMS:
-        add(f"norm {channels} {'x'.join(map(str, shape))}", norm, "library", ["kernel"], channels, shape)
+        others = ["channels-last library", "kernel"]
+        add(f"norm {channels} {'x'.join(map(str, shape))}", norm, "library", others, channels, shape)
     for tokens, channels in QUICK_TOKENS if quick else TOKENS:
         add(f"modulate {tokens}x{channels}", modulation, "library", ["kernel"], tokens, channels)
+    tiles = [tile.name for tile in frame_attention.TILES]
+    for positions in QUICK_FRAMES if quick else FRAMES:
+        add(f"frame {positions}", frame, "library", tiles, positions)
     tiles = [tile.name for tile in attention.TILES]
     for grid in QUICK_GRIDS if quick else GRIDS:
         for shifted in (False, True):

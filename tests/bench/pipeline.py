@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from seedvr2_core.errors import SettingError
+from seedvr2_core.kernels import Choices, choices_for
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig, make_layout, token_grid
+from seedvr2_core.models.linear import pack
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastVAE
 from seedvr2_core.models.windows import WindowConfig
+from seedvr2_core.pipeline import fast_options
 from seedvr2_core.video.geometry import padded_length
 from tests.bench.measure import RESULTS, Options, build, environment, random, relative_l2
 
@@ -81,8 +84,8 @@ class Contender(Protocol):
 class Ours:
     """This engine."""
 
-    def __init__(self, vae: VideoVAE | FastVAE, dit: DiT):
-        self.vae, self.dit = vae, dit
+    def __init__(self, vae: VideoVAE | FastVAE, dit: DiT, choices: Choices | None = None):
+        self.vae, self.dit, self.choices = vae, dit, choices
 
     def encode(self, clip: Tensor) -> Tensor:
         return posterior(in_slices(self.vae.encode_slice, clip, 4))[0]
@@ -92,7 +95,8 @@ class Ours:
         condition = torch.cat([latent * scale, torch.ones_like(latent[:, :1])], dim=1)
         layout = make_layout([token_grid(latent[0])], [len(text)], self.dit.config, latent.device)
         time = torch.ones(1, device=latent.device)
-        velocity = self.dit(torch.cat([noise, condition], dim=1), [text], time, layout=layout)[0]
+        latent = torch.cat([noise, condition], dim=1)
+        velocity = self.dit(latent, [text], time, layout=layout, choices=self.choices)[0]
         return (noise - velocity) / scale
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -109,8 +113,16 @@ def in_slices(step: Callable, x: Tensor, length: int) -> Tensor:
 
 
 def ours(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Contender:
-    vae = build(lambda: VideoVAE(sizes.vae), dtype, device)
-    return Ours(FastVAE(vae), build(lambda: DiT(sizes.dit), dtype, device))
+    """As users get it: with our kernels where they are faster."""
+    choices = choices_for(device)
+    vae = FastVAE(build(lambda: VideoVAE(sizes.vae), dtype, device), replace(fast_options(device), choices=choices))
+    return Ours(vae, pack(build(lambda: DiT(sizes.dit), dtype, device)), choices)
+
+
+def library(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Contender:
+    """The same without our kernels."""
+    vae = FastVAE(build(lambda: VideoVAE(sizes.vae), dtype, device), replace(fast_options(device), choices=None))
+    return Ours(vae, pack(build(lambda: DiT(sizes.dit), dtype, device)))
 
 
 def plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Contender:
@@ -181,6 +193,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--adapter", type=Path, action="append", default=[], help="file of another implementation")
     parser.add_argument("--plain", action="store_true", help="also our autoencoder as it is defined")
+    parser.add_argument("--library", action="store_true", help="also without kernels of our own")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="toy sizes on a CPU; nothing is written")
@@ -193,7 +206,11 @@ def main() -> None:
         device=device, threads=torch.get_num_threads(), warmups=args.warmups, runs=args.runs, quick=args.quick
     )
     dtype = getattr(torch, args.dtype)
-    makers = {"ours": ours, **({"plain": plain} if args.plain or args.quick else {})}
+    makers = {"ours": ours}
+    if args.library or args.quick:
+        makers["library"] = library
+    if args.plain or args.quick:
+        makers["plain"] = plain
     makers |= {file.stem: load_adapter(file) for file in args.adapter}
     sizes = TOY if args.quick else FULL[args.model]
     report = {"bench": "pipeline", "model": args.model, "environment": environment(options), "rows": []}

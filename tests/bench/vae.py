@@ -13,8 +13,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from seedvr2_core.kernels import choices_for
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
-from seedvr2_core.models.vae_fast import FastVAE
+from seedvr2_core.models.vae_fast import FastOptions, FastVAE
 from seedvr2_core.video.geometry import latent_grid
 from tests.bench.measure import Call, Case, Options, build, main, random
 
@@ -36,19 +37,38 @@ def fast(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE
     return FastVAE(plain(config, dtype, device))
 
 
-MAKERS = {"plain": plain, "fast": fast}
+def direct(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
+    """Convolutions share no products."""
+    return FastVAE(plain(config, dtype, device), FastOptions(winograd_from=None))
+
+
+def chosen(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
+    """The same, with our kernels where they are faster."""
+    options = FastOptions(winograd_from=None, choices=choices_for(device))
+    return FastVAE(plain(config, dtype, device), options)
+
+
+MAKERS = {"plain": plain, "fast": fast, "direct": direct, "chosen": chosen}
 
 
 def encode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     vae = MAKERS[maker](config, dtype, device)
     clip = random((1, 3, *shape), torch.float32, device).tanh().to(dtype)
-    return lambda: posterior(run(vae.encode_slice, clip, 4))[0]
+    return decided(maker, lambda: posterior(run(vae.encode_slice, clip, 4))[0])
 
 
 def decode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     vae = MAKERS[maker](config, dtype, device)
     latent = random((1, config.latent_channels, *latent_grid(*shape)), dtype, device)
-    return lambda: run(vae.decode_slice, latent, 1)
+    return decided(maker, lambda: run(vae.decode_slice, latent, 1))
+
+
+@torch.inference_mode()
+def decided(maker: str, call: Call) -> Call:
+    """The call, once kernels have been chosen: trying them takes time and memory that no later call does."""
+    if maker == "chosen":
+        call()
+    return call
 
 
 def run(step: Callable, x: Tensor, length: int) -> Tensor:
@@ -65,15 +85,17 @@ def run(step: Callable, x: Tensor, length: int) -> Tensor:
 def list_cases(options: Options) -> Sequence[Case]:
     config = QUICK_VAE if options.quick else SEEDVR2_VAE
     shapes = QUICK_SHAPES if options.quick else CUDA_SHAPES if options.device.type == "cuda" else CPU_SHAPES
+    names = [*product(("plain", "fast"), DTYPES)]
+    if options.device.type == "cuda":
+        names = [("plain", "fp32"), ("plain", "bf16"), ("fast", "bf16"), ("direct", "bf16"), ("chosen", "bf16")]
     cases = []
     for shape in shapes:
         for make in (encode, decode):
             name = f"{make.__name__} {'x'.join(map(str, shape))}"
             contenders = {
-                f"{maker} {label}": partial(make, maker, config, shape, dtype)
-                for maker, (label, dtype) in product(MAKERS, DTYPES.items())
+                f"{maker} {label}": partial(make, maker, config, shape, DTYPES[label]) for maker, label in names
             }
-            against = {f"fast {label}": f"plain {label}" for label in DTYPES}
+            against = {f"{maker} {label}": f"plain {label}" for maker, label in names if maker != "plain"}
             cases.append(Case(name=name, contenders=contenders, reference="plain fp32", against=against))
     return cases
 

@@ -80,7 +80,8 @@ def sentence(text: str) -> str:
 
 def test_a_video_is_restored_and_reported(tiny, tmp_path):
     src, dst, log = video(tmp_path / "in.mp4", 10), tmp_path / "out.mp4", tmp_path / "run.json"
-    assert main(["restore", str(src), str(dst), *tiny, "--scale", "1.5", "--chunk", "9", "--json", str(log)]) == 0
+    assert main(["restore", str(src), str(dst), *tiny, "--scale", "1.5", "--chunk", "9", "--memory-limit", "2G",
+                 "--json", str(log)]) == 0
     before, after = probe(src), probe(dst)
     assert (after.width, after.height, after.frames, after.duration) == (48, 48, 10, before.duration)
     report = json.loads(log.read_text())
@@ -100,8 +101,12 @@ def test_a_video_is_restored_and_reported(tiny, tmp_path):
             "seed": 0,
             "steps": 1,
             "cfg": 1.0,
+            "condition_noise": None,
+            "strength": 1.0,
+            "windows": None,
             "attention": "auto",
             "chunk": 9,
+            "memory_limit": 2 << 30,
         },
         "device": "cpu",
         "torch": torch.__version__,
@@ -162,6 +167,12 @@ def test_a_folder_becomes_a_video_at_the_rate_given(tiny, tmp_path):
         (["in.png", "out.png", "--steps", "0"], "steps is 0"),
         (["in.png", "out.png", "--cfg", "nan"], "cfg is nan"),
         (["in.png", "out.png", "--chunk", "4"], "4 frames is too short"),
+        (["in.png", "out.png", "--memory-limit", "some"], "'some' is no amount of memory"),
+        (["in.png", "out.png", "--memory-limit=-8G"], "'-8G' is no amount of memory"),
+        (["in.png", "out.png", "--memory-limit", "0G"], "'0G' is no amount of memory"),
+        (["in.png", "out.png", "--memory-limit", "8"], "a unit, such as 8G"),
+        (["in.png", "out.png", "--memory-limit", "1K"], "of memory or more, of which 1 MiB may be used"),
+        (["in.png", "out.png", "--size", "40000x40000"], "Restoring at 40000 x 40000 takes"),
         (["in.png", "out.png", "--device", "toaster"], "'toaster' cannot be used"),
         (["in.png", "out.png", "--attention", "flash_3"], "'flash_3' cannot run here"),
         (["in.png", "out.png", "--vae", "missing.pth"], "There is no file missing.pth"),

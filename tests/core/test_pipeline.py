@@ -15,12 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from seedvr2_core import pipeline
 from seedvr2_core.diffusion.conditioning import frame_noise, with_mask
 from seedvr2_core.errors import Cancelled, MediaError, SettingError
+from seedvr2_core.memory.stages import reach
+from seedvr2_core.memory.trial import Ledger
 from seedvr2_core.models.vae import posterior
-from seedvr2_core.pipeline import PIECE, READ_AHEAD, WRITE_BEHIND, Settings, restore, restore_file, stream
+from seedvr2_core.models.vae_fast import FastVAE
+from seedvr2_core.pipeline import PIECE, READ_AHEAD, WRITE_BEHIND, Models, Settings, restore, restore_file, stream
 from seedvr2_core.video.color import ColorTransfer
 from seedvr2_core.video.files import Frame, Moment, Reader
 from seedvr2_core.video.geometry import (
@@ -32,6 +36,7 @@ from seedvr2_core.video.geometry import (
     to_clip,
     to_frames,
 )
+from tests.core.conftest import RUNNABLE_VAE
 
 STAGES = ("encode", "restore", "decode")
 SAME = Settings(target=Target.same(), color="none")
@@ -214,6 +219,8 @@ def test_guidance_without_a_negative_prompt_is_refused_before_a_frame_is_read(ru
         ({"cfg": float("nan")}, "cfg is nan"),
         ({"cfg": float("inf")}, "cfg is inf"),
         ({"chunk": 8}, "8 frames is too short"),
+        ({"memory_limit": 0}, "memory limit is 0 bytes"),
+        ({"memory_limit": -1}, "memory limit is -1 bytes"),
     ],
     ids=str,
 )
@@ -310,12 +317,17 @@ def test_a_report_tells_what_became_of_a_file(runnable, folder):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+# Source frames that are inside: a chunk, or what the encoder would need to begin anew, and a few on their way.
+INSIDE = max(SHORT.chunk, 4 * reach(RUNNABLE_VAE)[0]) + 3 * PIECE
+FRAMES = 4 * max(reach(RUNNABLE_VAE)) + 80
+
+
 def test_memory_does_not_grow_with_the_number_of_frames(runnable):
     read: list[weakref.ref] = []
     yielded, ahead, alive, held = 0, [], [], []
 
     def source() -> Iterator[Tensor]:
-        for _ in range(70):
+        for _ in range(FRAMES):
             frame = torch.rand(16, 16, 3)
             read.append(weakref.ref(frame))
             yield frame
@@ -326,10 +338,10 @@ def test_memory_does_not_grow_with_the_number_of_frames(runnable):
         alive.append(sum(frame() is not None for frame in read))
         if yielded % 16 == 1:
             held.append(sum(each.nbytes for each in gc.get_objects() if type(each) is Tensor))
-    assert yielded == 70
+    assert yielded == FRAMES
     assert max(ahead) <= SHORT.chunk + 3 * PIECE
-    assert max(alive) <= SHORT.chunk + 4 * PIECE
-    assert max(held[2:]) <= held[1]
+    assert max(alive) <= INSIDE + PIECE
+    assert max(held[-3:]) <= held[-4]
 
 
 def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tmp_path, monkeypatch):
@@ -339,7 +351,7 @@ def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tm
 
     class Source(Reader):
         def _frames(self) -> Iterator[Frame]:
-            for index in range(70):
+            for index in range(FRAMES):
                 frame = Frame(torch.randint(256, (16, 16, 3), dtype=torch.uint8), Moment(index, 1))
                 read.append(weakref.ref(frame.pixels))
                 ahead.append(len(read) - written)
@@ -358,12 +370,108 @@ def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tm
     monkeypatch.setattr(pipeline, "open_reader", Source)
     monkeypatch.setattr("seedvr2_core.video.stills.write_image", write_image)
     report = restore_file(tmp_path / "source", tmp_path / "new", runnable, SHORT)
-    assert report.frames == written == 70
+    assert report.frames == written == FRAMES
     assert len(set(threads)) == 2 and threading.current_thread() not in threads
-    inside = SHORT.chunk + 3 * PIECE
     # One more is in each thread's hands.
-    assert max(ahead) <= inside + READ_AHEAD + WRITE_BEHIND + 2
-    assert max(alive) <= inside + PIECE + READ_AHEAD + 1
+    assert max(ahead) <= SHORT.chunk + 3 * PIECE + READ_AHEAD + WRITE_BEHIND + 2
+    assert max(alive) <= INSIDE + PIECE + READ_AHEAD + 1
+
+
+class Failing:
+    """Models of which one raises at its n-th call, once or from then on."""
+
+    def __init__(self, models: Models, part: str, call: int, times: int = 1):
+        self.calls, self.part, self.call, self.times = 0, part, call, times
+        vae, dit = FastVAE(models.vae), deepcopy(models.dit)
+        if part == "restore":
+            dit.register_forward_pre_hook(lambda *_: self.count())
+        else:
+            self.patch(vae.encoder if part == "encode" else vae.decoder)
+        self.models = replace(models, vae=vae, dit=dit)
+
+    def patch(self, steps: list) -> None:
+        # The last part of the network: all others have used up their state by then.
+        last = steps[-1]
+
+        def failing(frames: list, state: object) -> list:
+            self.count()
+            return last(frames, state)
+
+        steps[-1] = failing
+
+    def count(self) -> None:
+        if _in_trial():
+            return
+        self.calls += 1
+        if self.call <= self.calls < self.call + self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _in_trial() -> bool:
+    """Whether the plan is being made, where nothing is computed."""
+    return any(isinstance(mode, Ledger) for mode in _get_current_dispatch_mode_stack())
+
+
+@pytest.mark.parametrize("call", [1, 2, 7])
+@pytest.mark.parametrize("part", STAGES)
+def test_when_memory_runs_out_the_work_goes_on_from_there(runnable, pointwise, part, call, caplog):
+    # A shorter chunk makes no difference to the second, all else makes none to the first.
+    models = pointwise if part == "restore" else runnable
+    source, settings = clip(60), replace(SAME, chunk=25)
+    expected = restore(source, replace(models, vae=FastVAE(models.vae)), settings)
+    failing = Failing(models, part, min(call, 2) if part == "restore" else call)
+    done = {stage: [] for stage in STAGES}
+    with caplog.at_level("WARNING"):
+        out = restore(source, failing.models, settings, lambda stage, count, total: done[stage].append(count))
+    assert failing.calls > failing.call
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("Memory ran out (CUDA out of memory.") and "going on with a smaller plan" in said
+    if part == "restore":
+        assert "passes of 17 frames" in said
+    # What was finished is not done again, as far as anyone can see.
+    for stage in ("encode", "decode"):
+        assert done[stage] == sorted(done[stage])
+
+
+def test_memory_that_runs_out_late_in_a_long_clip_loses_nothing(runnable):
+    """The state is made again from part of the clip, as far back as it matters."""
+    source = clip(4 * max(reach(RUNNABLE_VAE)) + 60, 16, 16)
+    expected = restore(source, replace(runnable, vae=FastVAE(runnable.vae)), SHORT)
+    for part, calls_per_latent in (("encode", 1), ("decode", 2)):
+        failing = Failing(runnable, part, calls_per_latent * (max(reach(RUNNABLE_VAE)) + 8))
+        out = restore(source, failing.models, SHORT)
+        assert failing.calls > failing.call
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("part", STAGES)
+def test_memory_that_runs_out_twice_is_told_in_one_sentence(runnable, folder, part):
+    failing = Failing(runnable, part, 1, times=2)
+    with pytest.raises(SettingError, match=r"takes more memory than cpu has free; choose a smaller size") as caught:
+        restore_file(folder / "source", folder / "new", failing.models, SHORT)
+    assert str(caught.value).count(".") == 1
+    assert {path.name for path in folder.iterdir()} == {"source", "old.mkv"}
+
+
+@pytest.mark.parametrize("place", ["pipeline.upload", "pipeline.download", "pipeline.ColorTransfer.__call__"])
+def test_memory_that_runs_out_beside_the_models_is_told_in_one_sentence(runnable, folder, monkeypatch, place):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"seedvr2_core.{place}", fail)
+    with pytest.raises(SettingError, match="takes more memory than cpu has free"):
+        restore_file(folder / "source", folder / "new", runnable, SHORT)
+    assert {path.name for path in folder.iterdir()} == {"source", "old.mkv"}
+
+
+def test_the_plan_is_one_line_with_its_peak(runnable, folder, caplog):
+    with caplog.at_level("INFO"):
+        restore_file(folder / "source", folder / "new", runnable, replace(SHORT, memory_limit=1 << 30))
+    (line,) = [record.message for record in caplog.records if record.name.startswith("seedvr2_core")]
+    assert line.startswith("source, 16 x 16: 14 frames -> 16 x 16, tiny on cpu in float32")
+    assert "passes of 9 frames" in line and "of 1.0 GiB (weights" in line
 
 
 def test_running_out_of_memory_is_told_in_one_sentence(runnable):

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from seedvr2_core.attention import windows
-from seedvr2_core.kernels import causal_conv3d, group_norm, modulate
+from seedvr2_core.kernels import causal_conv3d, frame_attention, group_norm, modulate
 
 INSTRUCTIONS = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.cg", "mma.sync")
 launch = JITFunction.run
@@ -65,6 +65,12 @@ def attention() -> None:
         windows.attend(call, tile)
 
 
+def frames() -> None:
+    q, k, v = empty(3, 2, 14400, 512).unbind()
+    for tile in frame_attention.TILES:
+        frame_attention.attend(q, k, v, tile)
+
+
 def main() -> None:
     made = []
 
@@ -93,6 +99,7 @@ def main() -> None:
         modulations()
         convolutions(capability)
         attention()
+        frames()
     print(json.dumps(made))
 
 

@@ -14,6 +14,8 @@ from seedvr2_core.kernels.group_norm import (
     reference_apply_norm,
     reference_apply_norm_silu,
     reference_statistics,
+    torch_apply_norm_silu,
+    torch_statistics,
 )
 from tests.core.kernels.ground import NEEDS_CUDA, Ground
 
@@ -58,6 +60,18 @@ def test_the_reference_is_group_norm_of_every_frame_alone(shape):
 
 
 @EVERY_SHAPE
+def test_the_way_of_the_library_agrees_with_the_reference_and_stays_channels_last(shape):
+    for cpu in (Ground(torch.device("cpu"), torch.float32, 1e-5), Ground(torch.device("cpu"), torch.bfloat16, 5e-3)):
+        groups, (weight, bias) = shape[1], cpu.random(2, shape[0])
+        x = activation(cpu, shape).transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        moments = torch_statistics(x, groups)
+        assert_moments(cpu, moments, reference_statistics(x, groups))
+        out = torch_apply_norm_silu(x, moments, weight, bias, EPS)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        cpu.assert_close(out, reference_apply_norm_silu(x, moments, weight, bias, EPS))
+
+
+@EVERY_SHAPE
 def test_statistics_agree_with_the_reference(ground, shape):
     x, groups, bias = activation(ground, shape), shape[1], ground.random(shape[0])
     assert_moments(ground, group_statistics(x, groups), reference_statistics(x, groups))
@@ -90,6 +104,10 @@ def test_residual_and_bias_are_added_and_the_sum_is_measured(ground, shape):
     expected, moments = reference_add_residual(x, residual, groups, bias)
     out, got = add_residual(x, residual, groups, bias, out=slot(x)[0])
     ground.assert_close(out, expected)
+    assert_moments(ground, got, moments)
+    expected_alone, moments = reference_add_residual(x, None, groups, bias)
+    out, got = add_residual(x, None, groups, bias)
+    ground.assert_close(out, expected_alone)
     assert_moments(ground, got, moments)
     # Where nobody needs a summand any more, the sum may take its place.
     out, _ = add_residual(x, residual, groups, bias, out=residual)

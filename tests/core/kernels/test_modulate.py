@@ -50,6 +50,15 @@ def test_every_sample_has_a_row_of_its_own(ground):
         assert torch.equal(out[inside], alone)
 
 
+def test_rows_may_lie_anywhere(ground):
+    """As the timestep embedding has them: channels slowest."""
+    x, y, scale, shift, sample = inputs(ground, SHAPES[1])
+    apart = [torch.stack([row, row], dim=-1)[..., 0] for row in (scale, shift)]
+    assert apart[0].stride(1) == 2
+    assert torch.equal(norm_modulate(x, *apart, EPS, sample), norm_modulate(x, scale, shift, EPS, sample))
+    assert torch.equal(gate_residual(x, y, apart[0], sample), gate_residual(x, y, scale, sample))
+
+
 def test_a_residual_may_be_added_in_place(ground):
     x, y, gate, _, sample = inputs(ground, SHAPES[1])
     expected = gate_residual(x, y, gate, sample)

@@ -9,7 +9,18 @@ from torch import nn
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models import linear
-from seedvr2_core.models.linear import E4M3_MAX, FP8, ONEDNN, PACKING_NAMES, PACKINGS, Linear, finish, pack, to_fp8
+from seedvr2_core.models.linear import (
+    E4M3_MAX,
+    FP8,
+    ONEDNN,
+    PACKING_NAMES,
+    PACKINGS,
+    Linear,
+    finish,
+    pack,
+    resolve,
+    to_fp8,
+)
 
 EVERY_PACKING = pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.name)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -189,6 +200,17 @@ def test_a_packing_asked_for_by_name_runs_or_says_why_not():
     assert all(layer.packed is None for layer in model)
     with pytest.raises(SettingError, match=f"no packing 'int3'; choose one of {', '.join(PACKING_NAMES)}"):
         pack(model, "int3")
+
+
+def test_a_packing_is_told_or_refused_before_there_is_anything_to_pack():
+    cpu = torch.device("cpu")
+    assert resolve("fp8", cpu, torch.bfloat16) == "fp8"
+    assert resolve("auto", cpu, torch.float64) == "none"
+    assert resolve("auto", cpu, torch.float32) == ("none" if ONEDNN.why_not(torch.empty(16, 16)) else "onednn")
+    with pytest.raises(SettingError, match="Packing 'onednn' cannot run here: it needs a CPU, got meta"):
+        resolve("onednn", torch.device("meta"), torch.float32)
+    with pytest.raises(SettingError, match="Packing 'fp8' cannot run here: it needs a CUDA device, got meta"):
+        resolve("fp8", torch.device("meta"), torch.bfloat16)
 
 
 @pytest.mark.gpu

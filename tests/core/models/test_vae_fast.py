@@ -4,14 +4,23 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from seedvr2_core.models import winograd
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
-from seedvr2_core.models.vae_fast import FastOptions, FastVAE, flow
+from seedvr2_core.models.vae_fast import FastOptions, FastVAE, channels_last, flow
+from seedvr2_core.models.winograd import WinogradTaps
 
 OPTIONS = [
     *(FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)),
     *(FastOptions(band=band, winograd_from=winograd) for band in (1, 40, 130) for winograd in (None, 16)),
+    *(FastOptions(band=band, winograd_from=8, winograd_rows_from=16) for band in (None, 40)),
 ]
+SHARING = pytest.mark.parametrize(
+    "options",
+    [FastOptions(), FastOptions(winograd_from=32), FastOptions(winograd_from=32, winograd_rows_from=32)],
+    ids=str,
+)
 EXACT = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -73,7 +82,7 @@ def test_frames_of_any_size_agree(vae, height, width):
 
 
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
-@pytest.mark.parametrize("options", [FastOptions(), FastOptions(winograd_from=32)], ids=str)
+@SHARING
 def test_the_published_numbers_are_met(golden, tiny_vae, name, options):
     fast = FastVAE(tiny_vae(name), options)
     for kind, run, x, y in (("encode", fast.encode, "x", "moments"), ("decode", fast.decode, "z", "sample")):
@@ -134,3 +143,19 @@ def test_no_more_frames_are_under_way_than_a_block_holds():
     for block in flow(lambda frames, state: frames, source(), CausalState(), size=2):
         under_way -= len(block)
     assert most == 2
+
+
+@pytest.mark.parametrize(("kernel", "paired_rows"), [(3, True), (3, False), (2, False)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (7, 6), (12, 9)])
+@pytest.mark.parametrize("band", [1, 36, 8192])
+def test_shared_products_are_those_of_the_convolution(kernel, paired_rows, height, width, band, monkeypatch):
+    monkeypatch.setattr(winograd, "BAND", band)
+    frames = torch.randn(2, 5, 7, height, width, dtype=torch.float64)
+    weight, bias = torch.randn(4, 5, 3, kernel, kernel, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    for added in (bias, None):
+        taps = WinogradTaps(weight, added, paired_rows)
+        expected = F.conv3d(frames, weight, added, padding=(0, 1, 1))
+        # Pairs of frames, and a last one on its own.
+        close(torch.stack(taps.moving([channels_last(frame) for frame in frames.unbind(2)]), dim=2), expected)
+        still = F.conv2d(frames[:, :, 0], weight.sum(2), added, padding=1)
+        close(taps.still(channels_last(frames[:, :, 0])), still)

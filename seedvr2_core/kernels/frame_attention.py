@@ -1,0 +1,59 @@
+"""Attention over the positions of a frame, with a single head as wide as the features: 512 channels.
+
+Flash kernels of the libraries stop at heads of 256 channels. Here a program keeps all channels of its queries, so no
+scores leave it. The reference defines the answer: fp32 inside, one rounding at the end.
+
+    n frames   l positions of a frame   c channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A program has this many channels of its queries in registers.
+MAX_CHANNELS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program computes: `queries` positions, `keys` at a time."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int  # loads in flight
+
+    @property
+    def name(self) -> str:
+        return f"{self.queries}x{self.keys}"
+
+
+# Shared memory in the notes is for 16 bits and 512 channels.
+TILES = (
+    # Two warpgroups, each with half of the channels of the result; 192 KiB on Hopper.
+    Tile(queries=64, keys=32, warps=8, stages=2),
+    # Half as many rounds, in which nothing is loaded ahead; 192 KiB on Hopper.
+    Tile(queries=64, keys=64, warps=8, stages=1),
+    # Fits the 99 KiB of compute capability 8.6 and 8.9.
+    Tile(queries=32, keys=32, warps=4, stages=1),
+)
+
+
+def tiles(channels: int) -> tuple[Tile, ...]:
+    """The tiles worth trying for this width; none: leave it to the library."""
+    return TILES if channels <= MAX_CHANNELS else ()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile = TILES[0]) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v of every frame: n l c in and out."""
+    from .triton_frame_attention import run
+
+    return run(q, k, v, tile)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q.float() @ k.float().transpose(1, 2) / q.shape[-1] ** 0.5
+    return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)

@@ -1,0 +1,147 @@
+"""Everything there is to measure on a GPU, in steps of less than ten minutes. `python -m tests.bench.gpu --out DIR`
+
+Every step is a run of its own: one of the other benches, or the tests that need a GPU. What a step printed and found is
+kept in the folder as STEP.txt and STEP.json, so a second call goes on with the steps that are missing or failed;
+`--step NAME` runs only that one. `--quick --device cpu` shows on any machine that nothing here is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.measure import RESULTS
+
+ROOT = Path(__file__).parents[2]
+# Seconds that a step may take; a little less than what machines are lent for at a time.
+LIMIT = 570
+BRIEFLY = ("--warmups", "1", "--runs", "3")
+
+
+@dataclass(frozen=True)
+class Step:
+    """`python -m MODULE ARGUMENTS`, with a device added, and --quick or --out."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    is_bench: bool = True
+
+    def command(self, device: str, quick: bool, out: Path) -> list[str]:
+        command = [sys.executable, "-m", self.module, *self.arguments]
+        if not self.is_bench:
+            return command
+        return [*command, "--device", device, *(["--quick"] if quick else ["--out", str(out)])]
+
+
+STEPS = (
+    Step("ceilings", "tests.bench.ceilings"),
+    Step(
+        "tests", "pytest", ("-m", "gpu", "tests/core", "-q", "-p", "no:cacheprovider"), needs_gpu=True, is_bench=False
+    ),
+    # The sweep over convolutions: NCDHW, channels-last and our own kernel.
+    *(
+        Step(f"conv_{channels}", "tests.bench.kernels", (*BRIEFLY, "--cases", f"conv {channels}->"), needs_gpu=True)
+        for channels in (128, 256, 512)
+    ),
+    Step("norms", "tests.bench.kernels", (*BRIEFLY, "--cases", "norm", "modulate"), needs_gpu=True),
+    Step("attention", "tests.bench.kernels", (*BRIEFLY, "--cases", "windows", "frame"), needs_gpu=True),
+    Step("vae_image", "tests.bench.vae", (*BRIEFLY, "--cases", " 1x")),
+    Step("vae_5", "tests.bench.vae", (*BRIEFLY, "--cases", " 5x")),
+    Step("vae_9", "tests.bench.vae", (*BRIEFLY, "--cases", " 9x"), needs_gpu=True),
+    Step("vae_25", "tests.bench.vae", (*BRIEFLY, "--cases", " 25x"), needs_gpu=True),
+    Step("dit", "tests.bench.dit", BRIEFLY),
+    Step("fp8", "tests.bench.fp8"),
+    Step("720p_25", "tests.bench.pipeline", ("720p_25", "--library")),
+    # Without a GPU all cases are as small as the first.
+    *(
+        Step(case, "tests.bench.pipeline", (case, "--library"), needs_gpu=True)
+        for case in ("paper_100", "1080p_25", "image_4k")
+    ),
+    Step("paper_100_7b", "tests.bench.pipeline", ("paper_100", "--model", "7b"), needs_gpu=True),
+    Step("memory", "tests.bench.memory"),
+)
+
+
+def run(step: Step, device: str, quick: bool, out: Path) -> bool:
+    """Run a step and keep what came of it; whether it succeeded."""
+    command = step.command(device, quick, out)
+    # Benches are modules of this checkout, wherever this was started from; kernels are to be compiled.
+    variables = {"PYTHONPATH": str(ROOT), **({"TRITON_INTERPRET": "0"} if device == "cuda" else {})}
+    start = time.perf_counter()
+    text = out / f"{step.name}.txt"
+    with text.open("w") as log:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    seconds = time.perf_counter() - start
+    result = {
+        "step": step.name,
+        "command": ["python", *command[1:]],
+        "quick": quick,
+        "device": device,
+        "code": code,  # None: it took too long
+        "seconds": round(seconds, 1),
+        "report": last_report(text.read_text()) if step.is_bench else None,
+    }
+    (out / f"{step.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    state = "done" if code == 0 else f"took longer than {LIMIT} s" if code is None else f"FAILED with code {code}"
+    print(f"{step.name}: {state}, {seconds:.0f} s", flush=True)
+    return code == 0
+
+
+def last_report(text: str) -> dict | None:
+    """The JSON line that a bench ends with."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                return None
+    return None
+
+
+def is_done(step: Step, out: Path, quick: bool, device: str) -> bool:
+    try:
+        kept = json.loads((out / f"{step.name}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return kept["code"] == 0 and (kept["quick"], kept["device"]) == (quick, device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is to be run; 0 if all of it succeeded."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder for what comes of it")
+    parser.add_argument("--step", nargs="+", choices=[step.name for step in STEPS], help="only these, done or not")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    ok = True
+    for step in STEPS:
+        if args.step and step.name not in args.step:
+            continue
+        if step.needs_gpu and args.device != "cuda":
+            print(f"{step.name}: left out, it needs a GPU", flush=True)
+        elif not args.step and is_done(step, out, args.quick, args.device):
+            print(f"{step.name}: done before", flush=True)
+        else:
+            ok = run(step, args.device, args.quick, out) and ok
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The plan: it fits, it shrinks with the budget, and its predictions come true."""
+
+from __future__ import annotations
+
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
+from seedvr2_core.errors import SettingError
+from seedvr2_core.memory.plan import GIB, USABLE, MemoryPlan, Planner, describe, make_plan, parse_bytes, step_down
+from seedvr2_core.memory.stages import Work, reach
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
+from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VideoVAE
+from seedvr2_core.models.vae_fast import FastOptions, FastVAE
+from seedvr2_core.pipeline import Settings, load_models, plan_clip
+from tests.bench.memory import Clip, apart, restoration
+from tests.core.conftest import RUNNABLE_VAE
+
+SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "4k": (2160, 3840)}
+DITS = {"3b": SEEDVR2_3B, "7b": SEEDVR2_7B}
+
+
+@cache
+def published(name: str) -> tuple[DiT, FastVAE]:
+    """The published models without contents, in bf16."""
+    with torch.device("meta"):
+        dit, vae = DiT(DITS[name]).bfloat16(), VideoVAE(SEEDVR2_VAE).bfloat16()
+    return dit.requires_grad_(False), FastVAE(vae.requires_grad_(False), FastOptions(winograd_from=None))
+
+
+def work(name: str = "3b", size: str = "720p", frames: int | None = 25, device: str = "cuda", **more) -> Work:
+    dit, vae = published(name)
+    height, width = SIZES[size]
+    return Work(dit=dit, vae=vae, device=device, height=height, width=width, frames=frames, **more)
+
+
+@cache
+def planner(name: str, size: str, frames: int | None) -> Planner:
+    return Planner(work(name, size, frames))
+
+
+def plan(name: str, size: str, gib: int, frames: int | None = 25) -> MemoryPlan | None:
+    try:
+        return planner(name, size, frames).fit(gib * GIB)
+    except SettingError:
+        return None
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [25, None])
+def test_a_plan_fits_and_a_smaller_budget_never_gives_a_larger_one(frames):
+    peaks = []
+    for gib in (8, 12, 16, 24, 80):
+        if chosen := plan("3b", "720p", gib, frames):
+            assert chosen.peak <= USABLE * chosen.budget
+            peaks.append(chosen.peak)
+    assert peaks == sorted(peaks) and peaks
+
+
+def test_published_models_fit_the_cards_that_people_have():
+    assert plan("3b", "720p", 8).streamed > 0
+    for name in DITS:
+        large = plan(name, "720p", 80)
+        assert (large.state, large.streamed, large.rows, large.portions) == ("device", 0, None, (2, None))
+        assert large.chunk == 7
+    assert plan("3b", "1080p", 80).state == "device"
+
+
+def test_what_no_plan_can_hold_is_told_in_one_sentence():
+    with pytest.raises(SettingError, match=r"^Restoring at 1280 x 720 takes .* of which 2.0 GiB may be used; choose "):
+        planner("3b", "720p", 25).fit(2 * GIB)
+
+
+def test_a_chunk_that_was_chosen_is_respected():
+    assert make_plan(work(chunk=6), 80 * GIB).chunk == 6
+
+
+def test_a_picture_keeps_no_state():
+    picture, clip = plan("3b", "720p", 80, 1), plan("3b", "720p", 80)
+    assert picture.chunk == 1 and picture.decode < clip.decode
+
+
+def test_on_a_cpu_nothing_is_carried_to_the_host():
+    chosen = make_plan(work(device="cpu"), 20 * GIB)
+    assert (chosen.state, chosen.streamed) == ("device", 0)
+
+
+def test_a_plan_says_what_it_chose():
+    line = describe(plan("3b", "720p", 8))
+    assert "in host memory" in line and "of 32 blocks streamed" in line and "GiB of 8.0 GiB (weights" in line
+    assert "\n" not in line
+
+
+# --- stepping down ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["encode", "restore", "decode"])
+def test_a_step_down_takes_less_where_memory_ran_out(stage):
+    first = plan("3b", "720p", 80)
+    second = step_down(first, stage, 80 * GIB)
+    assert second.weights + getattr(second, stage) < first.weights + getattr(first, stage)
+    assert second.peak <= USABLE * (first.weights + getattr(first, stage))
+
+
+def test_a_step_down_goes_by_what_was_there():
+    second = step_down(plan("3b", "720p", 80), "decode", 10 * GIB)
+    assert second.peak <= USABLE * 10 * GIB
+
+
+def test_below_the_smallest_there_is_none():
+    smallest = step_down(plan("3b", "720p", 80), "decode", 1)
+    assert step_down(smallest, "decode", 1) is None
+
+
+# --- amounts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8G", 8 << 30), ("6.5GiB", 13 << 29), ("800MB", 800 * 10**6), (" 1 k ", 1 << 10), ("2T", 2 << 40)],
+)
+def test_amounts_are_understood(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8", "-8G", "0G", "0.0M", "G", "8X", "8GG", "nanG", "1e9G", "8 G B"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(SettingError, match="is no amount of memory; write a number above zero and a unit"):
+        parse_bytes(text)
+
+
+# --- looking back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["encode", "decode"])
+def test_what_lies_further_back_than_the_reach_has_no_influence(kind):
+    torch.manual_seed(0)
+    vae = FastVAE(VideoVAE(RUNNABLE_VAE).double().requires_grad_(False))
+    step = vae.encode_slice if kind == "encode" else vae.decode_slice
+    back = reach(RUNNABLE_VAE)[kind == "decode"]
+    shape = (1, 3, 4, 16, 16) if kind == "encode" else (1, 16, 1, 2, 2)
+    slices = [torch.randn(shape, dtype=torch.float64) for _ in range(back + 8)]
+
+    def last_of(slices: list[torch.Tensor]) -> torch.Tensor:
+        state = CausalState()
+        # The clip begins with the last frame of the first slice.
+        for x in [slices[0][:, :, -1:], *slices[1:]]:
+            out, state = step(x, state)
+        return out
+
+    whole = last_of(slices)
+    torch.testing.assert_close(last_of(slices[-back - 2 :]), whole, atol=1e-12, rtol=1e-12)
+    assert not torch.allclose(last_of(slices[-back // 2 :]), whole, atol=1e-12, rtol=1e-12)
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def seconds(call: object) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def test_planning_takes_no_time_to_speak_of():
+    models = load_models(NANO_DIT, NANO_VAE, torch.device("cpu"), torch.float32)
+    # Twice what it takes: other programs slow this one down even in its own time.
+    assert min(seconds(lambda: plan_clip(models, Settings(), (480, 640), 33)) for _ in range(3)) < 0.8
+    assert min(seconds(lambda: make_plan(work("3b", "1080p"), 80 * GIB)) for _ in range(2)) < 2
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "clip", [Clip(1, 256, 384), Clip(5, 128, 192), Clip(5, 160, 192, "bfloat16"), Clip(17, 96, 128, chunk=9)],
+    ids=lambda clip: clip.name,
+)  # fmt: skip
+def test_a_prediction_is_within_a_tenth_of_what_is_measured(clip):
+    """Resident memory of a fresh process, above what it held before."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux, which tells the peak of a process")
+    predicted, measured = apart(partial(restoration, clip))
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("clip", [Clip(1, 512, 768, "bfloat16"), Clip(17, 512, 768, "bfloat16")], ids=lambda c: c.name)
+def test_a_prediction_is_within_a_tenth_of_what_is_measured_on_a_gpu(clip):
+    predicted, measured = restoration(clip, device="cuda")
+    assert predicted == pytest.approx(measured, rel=0.1)

@@ -1,0 +1,158 @@
+"""Streaming: what waits on the host comes back as it left, in time, and the results are the same."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from seedvr2_core.memory.streaming import (
+    CpuFerry,
+    DeviceState,
+    HostState,
+    PretendFerry,
+    StreamedBlocks,
+    new_state,
+    placed,
+    streamed_indices,
+)
+from seedvr2_core.models.dit import DiT
+from seedvr2_core.models.vae import CausalState, VideoVAE
+from seedvr2_core.models.vae_fast import FastVAE
+from tests.core.conftest import RUNNABLE_DIT, RUNNABLE_VAE
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
+]
+
+
+@pytest.fixture
+def vae() -> VideoVAE:
+    return VideoVAE(RUNNABLE_VAE).requires_grad_(False)
+
+
+def decode(vae: FastVAE, latents: list[Tensor], state: CausalState, move: dict | None = None) -> Tensor:
+    out = []
+    for index, latent in enumerate(latents):
+        if move and index in move:
+            state = placed(state, move[index], latent.device)
+        clip, state = vae.decode_slice(latent, state, last=index == len(latents) - 1)
+        out.append(clip)
+    assert not state
+    return torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_a_state_gives_the_same_wherever_it_waits(vae, device, block):
+    fast = FastVAE(vae.to(device))
+    fast.take(block, None)
+    latents = list(torch.randn(5, 1, 16, 1, 4, 4, device=device))
+    expected = decode(fast, latents, CausalState())
+    for placement in ("device", "host"):
+        assert torch.equal(decode(fast, latents, new_state(placement, torch.device(device))), expected)
+    for move in ({1: "host"}, {2: "device"}, {1: "host", 3: "device"}):
+        assert torch.equal(decode(fast, latents, CausalState(), move), expected)
+
+
+def test_encoding_gives_the_same_too(vae):
+    fast, clip = FastVAE(vae), torch.randn(1, 3, 13, 32, 32)
+    outs = []
+    for state in (CausalState(), DeviceState(), HostState(CpuFerry())):
+        out = []
+        for part in clip.split([5, 4, 4], dim=2):
+            moments, state = fast.encode_slice(part, state)
+            out.append(moments)
+        outs.append(torch.cat(out, dim=2))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_a_layer_finds_its_past_sent_for_before_it_asks(vae):
+    class Counting(CpuFerry):
+        stored = fetched = 0
+
+        def store(self, x):
+            Counting.stored += 1
+            return super().store(x)
+
+        def fetch(self, stored, into=None):
+            Counting.fetched += 1
+            return super().fetch(stored, into)
+
+    class Watching(HostState):
+        late = asked = 0
+
+        def __getitem__(self, layer):
+            Watching.asked += 1
+            Watching.late += not (self._next and self._next[0] is layer)
+            return super().__getitem__(layer)
+
+    fast, state = FastVAE(vae), Watching(Counting())
+    for index in range(5):
+        if index == 3:
+            Watching.asked = Watching.late = Counting.stored = Counting.fetched = 0
+        _, state = fast.decode_slice(torch.randn(1, 16, 1, 4, 4), state)
+    assert Watching.asked > 20
+    # The first of a slice has nobody before it.
+    assert Watching.late <= 2
+    # A frame that stays in a state for another turn does not leave twice.
+    assert Counting.stored < Counting.fetched
+
+
+def test_in_place_states_hold_one_past_and_copies_two(vae):
+    fast = FastVAE(vae)
+    for state, same in ((CausalState(), False), (DeviceState(), True)):
+        _, first = fast.decode_slice(torch.randn(1, 16, 1, 4, 4), state)
+        _, second = fast.decode_slice(torch.randn(1, 16, 1, 4, 4), first)
+        assert (second is first) == same
+
+
+def test_a_pretended_ferry_keeps_nothing_on_the_host():
+    ferry, x = PretendFerry(), torch.empty(1000, device="meta")
+    stored = ferry.store(x)
+    assert stored.host.untyped_storage().nbytes() == 4
+    assert ferry.fetch(stored)().shape == x.shape
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "streamed"), [(32, 0), (32, 1), (32, 5), (36, 17), (32, 32), (2, 1)])
+def test_streamed_blocks_lie_evenly_among_the_others(depth, streamed):
+    indices = streamed_indices(depth, streamed)
+    assert len(set(indices)) == streamed and indices == sorted(indices)
+    gaps = [b - a for a, b in zip([-1, *indices], indices, strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def run(dit: DiT, blocks: StreamedBlocks | None, device: str) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    latent, text = torch.randn(1, 33, 3, 8, 8, generator=draw), torch.randn(5, 64, generator=draw)
+    with torch.inference_mode():
+        return dit(latent.to(device), [text.to(device)], torch.ones(1, device=device), blocks=blocks)[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("streamed", [0, 1, 3, 5])
+def test_streamed_blocks_compute_the_same_as_all_at_once(device, streamed):
+    dit = DiT(replace(RUNNABLE_DIT, depth=5, separate_layers=2)).requires_grad_(False).to(device)
+    state = {name: tensor.clone() for name, tensor in deepcopy(dit).state_dict().items()}
+    expected = run(dit, None, device)
+    blocks = StreamedBlocks(dit.blocks, torch.device(device), streamed)
+    assert len(blocks) == 5
+    for _ in range(2):
+        assert torch.equal(run(dit, blocks, device), expected)
+    blocks.close()
+    # An ordinary module again: with its own weights, which can be streamed in another way.
+    for name, tensor in dit.state_dict().items():
+        assert torch.equal(tensor.to(device), state[name])
+    again = StreamedBlocks(dit.blocks, torch.device(device), 5 - streamed)
+    assert torch.equal(run(dit, again, device), expected)
+    again.close()
+    # And back.
+    back = StreamedBlocks(dit.blocks, torch.device(device), 0)
+    assert torch.equal(run(dit, back, device), expected)
