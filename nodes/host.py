@@ -1,0 +1,234 @@
+"""What ComfyUI is like this month: the only file that imports it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import ComfyExtension, Input, InputImpl, Types, io, ui
+from PIL import Image
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..seedvr2_core.checkpoints.folders import COMFYUI_FOLDERS, EXTENSIONS
+from ..seedvr2_core.errors import MediaError
+
+__all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io", "ui"]
+
+log = logging.getLogger(__name__)
+
+# The key of our own folder, below which users of `extra_model_paths.yaml` may name more.
+MODELS_KEY = "seedvr2"
+# Where ComfyUI's own loaders look for such files.
+OTHER_KEYS = ("diffusion_models", "vae")
+# Seconds between two previews; encoding one takes some milliseconds.
+PREVIEW_EVERY = 1.0
+# Parts into which progress is divided.
+STEPS = 1000
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+
+
+def register_folders() -> None:
+    """Tell ComfyUI of `models/SEEDVR2`, beside whatever else users put under its key."""
+    own = Path(folder_paths.models_dir) / COMFYUI_FOLDERS[0]
+    folder_paths.add_model_folder_path(MODELS_KEY, str(own), is_default=True)
+    # The set of a new key is empty, which means that every file is a model.
+    folder_paths.folder_names_and_paths[MODELS_KEY][1].update(EXTENSIONS)
+
+
+def own_directory() -> Path:
+    """Where downloads go."""
+    return Path(folder_paths.get_folder_paths(MODELS_KEY)[0])
+
+
+def model_files() -> Iterator[tuple[str, Path]]:
+    """Name below its folder, and path, of every file that could be a checkpoint."""
+    for key in (MODELS_KEY, *OTHER_KEYS):
+        for name in folder_paths.get_filename_list(key):
+            path = folder_paths.get_full_path(key, name)
+            if path and name.lower().endswith(EXTENSIONS):
+                yield name, Path(path)
+
+
+def temp_directory() -> Path:
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file to be written below ComfyUI's output folder."""
+
+    path: Path
+    preview: ui.PreviewVideo
+
+
+def output_file(prefix: str, suffix: str, width: int, height: int) -> Saved:
+    """The next free name of this prefix, which may hold folders and ComfyUI's %placeholders%."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    file = f"{name}_{counter:05}_{suffix}"
+    return Saved(Path(folder) / file, ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)]))
+
+
+def device() -> torch.device:
+    return management.get_torch_device()
+
+
+def managed(module: nn.Module) -> ModelPatcher:
+    """Put a module, which lies where models wait, into ComfyUI's care. It stays there as long as the result lives."""
+    # Looked up late: where the hardware allows, ComfyUI puts another one in its place while it starts.
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return patcher(module, load_device=device(), offload_device=offload_device())
+
+
+def offload_device() -> torch.device:
+    """Where models wait until they are needed."""
+    return management.unet_offload_device()
+
+
+def load(patchers: Sequence[ModelPatcher], working_bytes: int) -> None:
+    """Bring modules to the device, with so much room beside them; others have to go if need be."""
+    # Ours have none of the layers of ComfyUI that can be left behind.
+    management.load_models_gpu(list(patchers), memory_required=working_bytes, force_full_load=True)
+
+
+def free_bytes() -> int:
+    """What the device could offer if every model that ComfyUI has there were gone."""
+    loaded = sum(patcher.loaded_size() for patcher in management.loaded_models())
+    return int(management.get_free_memory(device()) + loaded)
+
+
+def empty_frames(count: int, height: int, width: int, channels: int) -> Tensor:
+    """Room for frames T H W c where ComfyUI keeps images between nodes, in fp32."""
+    return torch.empty(count, height, width, channels, device=management.intermediate_device())
+
+
+def keep(x: Tensor) -> Tensor:
+    """Where ComfyUI keeps tensors between nodes."""
+    return x.to(management.intermediate_device())
+
+
+def bring(x: Tensor) -> Tensor:
+    """To the device."""
+    return x.to(device())
+
+
+def check_interrupt() -> None:
+    """Raises ComfyUI's own exception when the user has stopped the run."""
+    management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """What a node shows while it works: its bar, how long it will take, and frames that are finished.
+
+    A call may raise, when the user has stopped the run.
+    """
+
+    def __init__(self, node_id: str):
+        self.node_id = node_id
+        self.bar = comfy.utils.ProgressBar(STEPS, node_id=node_id)
+        self.start = time.perf_counter()
+        self.shown = self.said = -float("inf")
+
+    def __call__(self, share: float, text: str) -> None:
+        """Show that this share, 0..1, is done; `text` says of what."""
+        check_interrupt()
+        now = time.perf_counter()
+        self.bar.update_absolute(int(STEPS * share))
+        if now - self.said >= PREVIEW_EVERY:
+            self.said = now
+            left = (now - self.start) * (1 - share) / share if share > 0.01 else None
+            self.say(text if left is None else f"{text}, {duration(left)} left")
+
+    def finish(self, text: str) -> None:
+        """Show what was done, and how long it took."""
+        self.bar.update_absolute(STEPS)
+        self.say(f"{text} in {duration(time.perf_counter() - self.start)}")
+
+    def say(self, text: str) -> None:
+        """Show text on the node."""
+        if PromptServer.instance is not None:
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def preview(self, frame: Tensor, share: float) -> None:
+        """Show a finished frame H W c, floats in 0..1 or codes in uint8, unless one has just been shown."""
+        now = time.perf_counter()
+        if now - self.shown < PREVIEW_EVERY:
+            return
+        self.shown = now
+        pixels = frame[..., :3].cpu()
+        if pixels.is_floating_point():
+            pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+        image = Image.fromarray(pixels.numpy())
+        self.bar.update_absolute(int(STEPS * share), preview=("JPEG", image, None))
+
+
+def duration(seconds: float) -> str:
+    """Time as people read it: 45 s, 3:20 min, 1:05 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02} min"
+    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02} h"
+
+
+@contextmanager
+def source_file(video: Input.Video | None, path: str) -> Iterator[Path]:
+    """The file to read: that of a video, or the one a path names.
+
+    A video that was loaded from a file and not cut is that file. Others are written to a temporary file, by ComfyUI in
+    its own way, which is 8 bits of H.264.
+
+    Raises:
+        MediaError: neither is given, or both.
+    """
+    if (video is None) == (not path.strip()):
+        raise MediaError("Connect a video or write a path to one; exactly one of the two is needed.")
+    if video is None:
+        yield named_file(path)
+        return
+    source = video.get_stream_source()
+    if isinstance(source, str) and not is_cut(video, source):
+        yield Path(source)
+        return
+    copy = temp_directory() / f"svr2_{time.time_ns():x}.mp4"
+    try:
+        video.save_to(str(copy), format=Types.VideoContainer.MP4)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def named_file(path: str) -> Path:
+    """A path as a user writes it, maybe with quotes around it; relative ones lie in the input folder."""
+    return Path(folder_paths.get_input_directory()) / Path(path.strip().strip("\"'")).expanduser()
+
+
+def file_stamp(path: str) -> object:
+    """Changes when a named file does; a path that is not written here but comes from another node tells itself."""
+    if not isinstance(path, str) or not path.strip():
+        return None
+    file = named_file(path)
+    if not file.exists():
+        return None
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def is_cut(video: Input.Video, source: str) -> bool:
+    """Whether a video is only a part of its file, which its class does not tell."""
+    whole = InputImpl.VideoFromFile(source).get_duration()
+    return abs(video.get_duration() - whole) > 0.5 / float(video.get_frame_rate())

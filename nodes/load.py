@@ -1,0 +1,130 @@
+"""Load SeedVR2 Model and Load SeedVR2 VAE: what is on this machine, what can be fetched, and nano."""
+
+from __future__ import annotations
+
+from ..seedvr2_core.attention import ATTENTION_NAMES
+from ..seedvr2_core.device import pick_dtype
+from . import host
+from .host import io
+from .models import (
+    AUTO,
+    DITS,
+    NANO,
+    PRECISIONS,
+    PUBLISHED_VAE,
+    Fetching,
+    ModelSocket,
+    VAESocket,
+    find_dit,
+    find_vae,
+    load_autoencoder,
+    load_model,
+    local_names,
+    stamp,
+)
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVR2LoadModel",
+            display_name="Load SeedVR2 Model",
+            category="SeedVR2",
+            description="The transformer that restores. Published ones are fetched when they are first used.",
+            search_aliases=["seedvr", "seedvr2", "video upscale model", "restore model", "load dit"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=[AUTO, NANO, *DITS, *local_names("dit")],
+                    default=AUTO,
+                    tooltip="auto: the best one on this machine, else nano. nano: a small demonstration that comes "
+                    "with the nodes. 3b and 7b (6.8 and 16.5 GB) are fetched when they are missing; 7b-sharp invents "
+                    "more detail; seedvr-3b and seedvr-7b are the older ones, which take many steps. Your own files "
+                    "follow.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="What the transformer computes in. auto: bf16 where the hardware is fast in it, else fp32. "
+                    "fp16 may overflow to black frames.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION_NAMES),
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="auto: the fastest that can run here. No extra package is needed.",
+                ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    advanced=True,
+                    tooltip="Compile the transformer with torch.compile: minutes of work for the first clip of a "
+                    "size, some per cent faster afterwards.",
+                ),
+            ],
+            outputs=[ModelSocket.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: str, precision: str, attention: str, compile: bool) -> io.NodeOutput:
+        path = find_dit(model, progress_of(cls))
+        return io.NodeOutput(load_model(path, precision, attention, compile))
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **others: object) -> object:
+        return stamp("dit", model)
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVR2LoadVAE",
+            display_name="Load SeedVR2 VAE",
+            category="SeedVR2",
+            description="The autoencoder between frames and latents. Needed only for the separate stages: restoring "
+            "frames or videos finds the one that belongs to the model by itself.",
+            search_aliases=["seedvr", "seedvr2", "video vae", "autoencoder"],
+            inputs=[
+                io.Combo.Input(
+                    "vae",
+                    options=[AUTO, NANO, PUBLISHED_VAE, *local_names("vae")],
+                    default=AUTO,
+                    tooltip="auto: the published one if it is on this machine, else nano's. vae: the published one of "
+                    "3b and 7b (0.5 GB), fetched when it is missing. nano: the one of the demonstration model.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="What the autoencoder computes in. auto: bf16 where the hardware is fast in it, else fp32.",
+                ),
+            ],
+            outputs=[VAESocket.Output(display_name="vae")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, vae: str, precision: str) -> io.NodeOutput:
+        dtype = pick_dtype(precision, host.device())
+        return io.NodeOutput(load_autoencoder(find_vae(vae, progress_of(cls)), dtype))
+
+    @classmethod
+    def fingerprint_inputs(cls, vae: str, **others: object) -> object:
+        return stamp("vae", vae)
+
+
+def progress_of(node: type[io.ComfyNode]) -> Fetching:
+    """Shows a download on the node."""
+    progress = host.Progress(node.hidden.unique_id)
+
+    def show(stage: str, done: int, total: int) -> None:
+        progress(done / max(1, total), f"{stage} {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    return show

@@ -1,0 +1,199 @@
+"""SeedVR2 Restore Frames and Restore Video: one node for everyone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..seedvr2_core.errors import MediaError
+from ..seedvr2_core.pipeline import Settings, restore_file, stream
+from ..seedvr2_core.video.files import probe
+from . import host, inputs
+from .host import Input, InputImpl, io
+from .models import (
+    LoadedModel,
+    LoadedVAE,
+    ModelSocket,
+    VAESocket,
+    best_dit,
+    load_autoencoder,
+    load_model,
+    ready,
+    vae_of,
+)
+from .options import Options, OptionsSocket
+from .progress import Shown
+
+# What Load Image gives for a picture without alpha: nothing masked, in this size.
+NO_MASK = (64, 64)
+# Containers that hold what others do: sound, subtitles and 10 bits.
+FORMATS = ("as the source", "mp4", "mkv", "mov", "webm")
+
+
+class RestoreFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVR2RestoreFrames",
+            display_name="SeedVR2 Restore Frames",
+            category="SeedVR2",
+            description="Restores and enlarges images or the frames of a video. As many come out as go in.",
+            search_aliases=["seedvr", "seedvr2", "upscale", "video upscale", "enhance", "denoise", "deblur"],
+            inputs=[
+                io.Image.Input("images", tooltip="Any number and size. An alpha channel is enlarged along."),
+                inputs.frames_are(),
+                *_common_inputs(),
+                io.Mask.Input("mask", optional=True, tooltip="Enlarged along, with edges that follow the result."),
+            ],
+            outputs=[io.Image.Output(display_name="images"), io.Mask.Output(display_name="mask")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Tensor,
+        frames_are: str,
+        size: dict,
+        seed: int,
+        color: str,
+        strength: float,
+        model: LoadedModel | None = None,
+        vae: LoadedVAE | None = None,
+        options: Options | None = None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        frames = with_alpha(images, mask)
+        model, vae = best(model, vae)
+        settings = settings_of(model, size, seed, color, strength, options)
+        clips = [frames] if frames_are == inputs.VIDEO else list(frames.split(1))
+        progress = host.Progress(cls.hidden.unique_id)
+        rows, columns = settings.target.size(*frames.shape[1:3])
+        models = ready(model, vae, settings, (rows, columns), len(clips[0]))
+        restored = host.empty_frames(len(frames), rows, columns, frames.shape[-1])
+        at = 0
+        for clip in clips:
+            show = Shown(progress, at / len(frames), len(clip) / len(frames))
+            for piece in stream(clip, models, settings, (rows, columns), len(clip), show):
+                restored[at : at + len(piece)] = piece
+                at += len(piece)
+                show.preview(piece[-1])
+        progress.finish(f"{len(frames)} frames, {columns} x {rows}")
+        alpha = restored[..., 3] if frames.shape[-1] == 4 else restored.new_ones(1).expand(restored.shape[:3])
+        return io.NodeOutput(restored[..., : images.shape[-1]].contiguous(), 1 - alpha)
+
+
+class RestoreVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVR2RestoreVideo",
+            display_name="SeedVR2 Restore Video",
+            category="SeedVR2",
+            description="Restores and enlarges a video from file to file, of any length, at constant memory. Sound, "
+            "subtitles, timestamps and colour tags are kept. The file is saved in the output folder.",
+            search_aliases=["seedvr", "seedvr2", "upscale video", "long video", "video file", "enhance video"],
+            inputs=[
+                io.Video.Input("video", optional=True, tooltip="From Load Video or any other node."),
+                io.String.Input(
+                    "path",
+                    default="",
+                    optional=True,
+                    tooltip="Instead of a video: a file of any size on the machine of ComfyUI, or a folder of numbered "
+                    "images. Without a folder in front it is looked for in ComfyUI's input folder.",
+                ),
+                *_common_inputs(),
+                io.String.Input("filename_prefix", default="video/SeedVR2", tooltip="Name in the output folder."),
+                io.Combo.Input("format", options=list(FORMATS), default=FORMATS[0], advanced=True),
+            ],
+            outputs=[io.Video.Output(display_name="video"), io.String.Output(display_name="path")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        size: dict,
+        seed: int,
+        color: str,
+        strength: float,
+        filename_prefix: str,
+        format: str,
+        video: Input.Video | None = None,
+        path: str = "",
+        model: LoadedModel | None = None,
+        vae: LoadedVAE | None = None,
+        options: Options | None = None,
+    ) -> io.NodeOutput:
+        model, vae = best(model, vae)
+        settings = settings_of(model, size, seed, color, strength, options)
+        with host.source_file(video, path) as source:
+            info = probe(source)
+            suffix = (source.suffix.lower() or ".mp4") if format == FORMATS[0] else f".{format}"
+            rows, columns = settings.target.size(info.height, info.width)
+            saved = host.output_file(filename_prefix, suffix, columns, rows)
+            models = ready(model, vae, settings, (rows, columns), info.frames)
+            progress = host.Progress(cls.hidden.unique_id)
+            show = Shown(progress)
+            report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview)
+            progress.finish(f"{report.frames} frames, {columns} x {rows}")
+        return io.NodeOutput(InputImpl.VideoFromFile(str(saved.path)), str(saved.path), ui=saved.preview)
+
+    @classmethod
+    def fingerprint_inputs(cls, path: str = "", **others: object) -> object:
+        return host.file_stamp(path)
+
+
+def _common_inputs() -> list[io.Input]:
+    return [
+        inputs.size(),
+        inputs.seed(),
+        inputs.color(),
+        inputs.strength(),
+        ModelSocket.Input(
+            "model", optional=True, tooltip="Without one, the best on this machine is loaded for this run."
+        ),
+        VAESocket.Input("vae", optional=True, tooltip="Without one, the one that belongs to the model."),
+        OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed."),
+    ]
+
+
+def settings_of(
+    model: LoadedModel, size: dict, seed: int, color: str, strength: float, options: Options | None
+) -> Settings:
+    options = options or Options()
+    return Settings(
+        target=inputs.target(size),
+        seed=seed,
+        color=color,
+        strength=strength,
+        attention=model.attention,
+        chunk=options.chunk,
+        memory_limit=options.memory_limit,
+    )
+
+
+def best(model: LoadedModel | None, vae: LoadedVAE | None) -> tuple[LoadedModel, LoadedVAE]:
+    """Both models; what was not given is the best that is there."""
+    model = model or load_model(best_dit())
+    return model, vae or load_autoencoder(vae_of(model), model.dtype)
+
+
+def with_alpha(images: Tensor, mask: Tensor | None) -> Tensor:
+    """Frames with a mask as their alpha channel, opaque where the mask is 0.
+
+    Raises:
+        MediaError: images or mask are of a kind or number that cannot be restored together.
+    """
+    if images.shape[-1] not in (3, 4):
+        raise MediaError(f"Images with {images.shape[-1]} channels cannot be restored; give them 3, or 4 with alpha.")
+    if mask is None or (mask.shape[1:] == NO_MASK and not mask.any()):
+        return images
+    mask = mask.to(images)
+    if mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
+        raise MediaError(
+            f"The mask is {len(mask)} x {mask.shape[2]} x {mask.shape[1]}, the images are {len(images)} x "
+            f"{images.shape[2]} x {images.shape[1]}; give one mask of their size for all of them, or as many as images."
+        )
+    return torch.cat([images[..., :3], (1 - mask).expand(images.shape[:3])[..., None]], dim=-1)

@@ -1,0 +1,40 @@
+// Restore Video shows finished frames while it works, and the video once it is done. ComfyUI's page prefers previews to
+// results and would go on showing the last frame, so that one is taken away when the result arrives.
+import { app } from "../../scripts/app.js";
+
+// What the page names the place for a preview on a node.
+const PREVIEW = "$$canvas-image-preview";
+// Milliseconds between two looks whether the last preview has been loaded.
+const AGAIN = 100;
+
+function showResult(node) {
+  if (node.isLoading) {
+    // The page loads one thing at a time and forgets what comes meanwhile.
+    setTimeout(() => showResult(node), AGAIN);
+    return;
+  }
+  const inSubgraph = node.graph && !node.graph.isRootGraph;
+  delete app.nodePreviewImages?.[inSubgraph ? `${node.graph.id}:${node.id}` : `${node.id}`];
+  const place = node.widgets?.find((widget) => widget.name === PREVIEW);
+  if (place) {
+    node.removeWidget(place);
+    node.setSize([node.size[0], node.computeSize()[1]]);
+  }
+  // Makes the page look at the node's results anew.
+  node.preview = undefined;
+  node.images = undefined;
+  node.imgs = undefined;
+  node.setDirtyCanvas(true);
+}
+
+app.registerExtension({
+  name: "SeedVR2.ResultAfterPreviews",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== "SVR2RestoreVideo") return;
+    const onExecuted = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (...results) {
+      onExecuted?.apply(this, results);
+      showResult(this);
+    };
+  },
+});

@@ -1,0 +1,324 @@
+"""Our nodes in a real ComfyUI, with nano on real clips and pictures."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seedvr2_core import Settings, Target, load_models, pick, restore
+from seedvr2_core.video.files import probe
+from tests.host.clips import cut
+from tests.host.server import Graph, Server, failure, files, succeeded
+
+MODEL = {"class_type": "SVR2LoadModel", "inputs": {
+    "model": "nano", "precision": "fp32", "attention": "auto", "compile": False
+}}  # fmt: skip
+VAE = {"class_type": "SVR2LoadVAE", "inputs": {"vae": "nano", "precision": "fp32"}}
+COMMON = {"size": "scale", "size.factor": 2.0, "seed": 7, "color": "lab", "strength": 1.0}
+NODES = {
+    "SVR2Encode", "SVR2RestoreLatent", "SVR2Decode", "SVR2ColorFix", "SVR2Compare", "SVR2LoadModel", "SVR2LoadVAE",
+    "SVR2Options", "SVR2RestoreFrames", "SVR2RestoreVideo",
+}  # fmt: skip
+
+
+def restored(image: str, frames_are: str = "independent images", **inputs: object) -> Graph:
+    """A picture in, the restored one out."""
+    return {
+        "load": {"class_type": "LoadImage", "inputs": {"image": image}},
+        "model": MODEL,
+        "restore": {"class_type": "SVR2RestoreFrames", "inputs": {
+            "images": ["load", 0], "frames_are": frames_are, "model": ["model", 0], **COMMON, **inputs
+        }},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["restore", 0], "filename_prefix": "test"}},
+    }  # fmt: skip
+
+
+def staged(frames: list, **decode: object) -> Graph:
+    """The stages one by one, from frames to a preview of frames."""
+    return {
+        "model": MODEL,
+        "vae": VAE,
+        "encode": {"class_type": "SVR2Encode", "inputs": {
+            "images": frames, "vae": ["vae", 0], "frames_are": "video", "size": "scale", "size.factor": 2.0
+        }},
+        "restore": {"class_type": "SVR2RestoreLatent", "inputs": {
+            "latent": ["encode", 0], "model": ["model", 0], "seed": 7, "steps": 1, "cfg": 1.0, "condition_noise": 0.0,
+            "windows": "as trained"
+        }},
+        "decode": {"class_type": "SVR2Decode", "inputs": {
+            "latent": ["restore", 0], "vae": ["vae", 0], "tiling": "exact", **decode
+        }},
+        "color": {"class_type": "SVR2ColorFix", "inputs": {
+            "images": ["decode", 0], "source": frames, "frames_are": "video", "color": "lab", "strength": 1.0
+        }},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["color", 0], "filename_prefix": "stages"}},
+    }  # fmt: skip
+
+
+def told(entry: dict) -> str:
+    """What went wrong."""
+    return (failure(entry) or {}).get("exception_message", "nothing")
+
+
+def pixels(server: Server, file: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(server.view(file))))
+
+
+@pytest.fixture(scope="module")
+def picture(server: Server, tmp_path_factory) -> Callable[..., str]:
+    """Uploads a picture with something to see in it and gives its name."""
+
+    def make(name: str, width: int = 48, height: int = 40, mode: str = "RGB") -> str:
+        y, x = np.mgrid[:height, :width] / max(width, height)
+        channels = [x, y, 0.5 + 0.5 * np.sin(20 * (x + y)), np.where(x > 0.5, 1.0, 0.25)][: len(mode)]
+        path = tmp_path_factory.mktemp("pictures") / name
+        Image.fromarray((np.stack(channels, -1) * 255).astype(np.uint8), mode).save(path)
+        return server.upload(path)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def clip(sample, tmp_path_factory) -> Path:
+    """The first 13 frames of a real clip, small, with their sound."""
+    source = sample("lq/clips/chaplin_640x360_audio.mp4")
+    return cut(source, tmp_path_factory.mktemp("clips") / "clip.mp4", frames=13, height=64)
+
+
+def test_every_node_is_there(server: Server):
+    nodes = server.pack_nodes()
+    assert set(nodes) == NODES
+    for node in nodes.values():
+        assert node["display_name"].startswith(("SeedVR2 ", "Load SeedVR2 "))
+        assert node["category"].startswith("SeedVR2")
+        assert node["description"] and node["search_aliases"]
+        assert all(name == name.lower() for name in node["output_name"])
+
+
+def test_every_input_says_what_it_is(server: Server):
+    for node, info in server.pack_nodes().items():
+        for group in ("required", "optional"):
+            for name, (_, *options) in info["input"].get(group, {}).items():
+                obvious = name in ("images", "vae", "model", "latent", "format")
+                assert obvious or options[0].get("tooltip"), f"{node}.{name}"
+
+
+def test_a_picture_is_what_the_engine_makes_of_it(server: Server, picture):
+    name = picture("one.png")
+    entry = server.run(restored(name))
+    assert succeeded(entry), told(entry)
+    (file,) = files(entry, "save")
+    source = torch.from_numpy(np.array(Image.open(server.base / "input" / name))).float() / 255
+    models = load_models(*pick("nano"), torch.device("cpu"), torch.float32)
+    expected = restore(source[None], models, Settings(target=Target.scale(2), seed=7))[0]
+    found = torch.from_numpy(pixels(server, file).copy()).float() / 255
+    assert (found - expected).abs().max() < 1.5 / 255
+
+
+def test_a_batch_of_independent_images_does_not_mix(server: Server, picture):
+    first, second = picture("first.png"), picture("second.png", width=48, height=40, mode="RGB")
+    graph = restored(first)
+    graph["other"] = {"class_type": "LoadImage", "inputs": {"image": second}}
+    graph["flip"] = {"class_type": "ImageInvert", "inputs": {"image": ["other", 0]}}
+    graph["batch"] = {"class_type": "ImageBatch", "inputs": {"image1": ["flip", 0], "image2": ["load", 0]}}
+    alone = server.run(restored(first))
+    graph["restore"]["inputs"]["images"] = ["batch", 0]
+    both = server.run(graph)
+    assert succeeded(both), told(both)
+    assert len(files(both, "save")) == 2
+    np.testing.assert_array_equal(pixels(server, files(both, "save")[1]), pixels(server, files(alone, "save")[0]))
+
+
+def test_a_mask_is_enlarged_with_the_picture(server: Server, picture):
+    graph = restored(picture("alpha.png", mode="RGBA"))
+    graph["restore"]["inputs"]["mask"] = ["load", 1]
+    graph["mask"] = {"class_type": "MaskToImage", "inputs": {"mask": ["restore", 1]}}
+    graph["save_mask"] = {"class_type": "SaveImage", "inputs": {"images": ["mask", 0], "filename_prefix": "mask"}}
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    mask = pixels(server, files(entry, "save_mask")[0])[..., 0]
+    assert mask.shape == (80, 96)
+    # ComfyUI's mask is 1 where the picture is transparent.
+    assert mask[:, :40].mean() == pytest.approx(0.75 * 255, abs=3)
+    assert mask[:, 56:].mean() < 3
+
+
+@pytest.mark.parametrize("color", ["none", "lab"])
+def test_the_stages_make_what_the_one_node_makes(server: Server, picture, color):
+    name = picture("stages.png")
+    whole = server.run(restored(name, frames_are="video", color=color))
+    graph = staged(["load", 0])
+    graph["load"] = {"class_type": "LoadImage", "inputs": {"image": name}}
+    graph["color"]["inputs"]["color"] = color
+    stages = server.run(graph)
+    assert succeeded(stages), told(stages)
+    one, other = (pixels(server, files(entry, "save")[0]).astype(int) for entry in (whole, stages))
+    assert one.shape == other.shape
+    difference = abs(one - other)
+    # Between nodes images are cut to 0..1, which a colour transfer sees.
+    assert difference.max() <= 1 if color == "none" else difference.mean() < 1
+
+
+def test_a_latent_passes_through_other_nodes(server: Server, picture):
+    graph = staged(["load", 0])
+    graph["load"] = {"class_type": "LoadImage", "inputs": {"image": picture("latent.png")}}
+    graph["multiply"] = {"class_type": "LatentMultiply", "inputs": {"samples": ["restore", 0], "multiplier": 1.0}}
+    graph["decode"]["inputs"]["latent"] = ["multiply", 0]
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    assert pixels(server, files(entry, "save")[0]).shape == (80, 96, 3)
+
+
+def test_blended_tiles_are_close_to_the_exact_way(server: Server, picture):
+    name = picture("tiles.png", width=96, height=96)
+    results = []
+    for tiling in ({"tiling": "exact"}, {"tiling": "blended tiles", "tiling.tile": 128, "tiling.overlap": 64}):
+        graph = staged(["load", 0])
+        graph["load"] = {"class_type": "LoadImage", "inputs": {"image": name}}
+        graph["decode"]["inputs"] |= tiling
+        entry = server.run(graph)
+        assert succeeded(entry), told(entry)
+        results.append(pixels(server, files(entry, "save")[0]).astype(float))
+    difference = np.square(results[0] - results[1]).mean()
+    assert 0 < difference < 255**2 / 10**3  # 30 dB
+
+
+def test_a_video_goes_from_file_to_file(server: Server, clip):
+    name = server.upload(clip)
+    graph = {
+        "load": {"class_type": "LoadVideo", "inputs": {"file": name}},
+        "model": MODEL,
+        "restore": {"class_type": "SVR2RestoreVideo", "inputs": {
+            "video": ["load", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/test", "format": "mkv"
+        }},
+    }  # fmt: skip
+    previews = []
+    entry = server.run(graph, on_message=lambda message: previews.append(message) if type(message) is bytes else None)
+    assert succeeded(entry), told(entry)
+    (file,) = files(entry, "restore")
+    info, source = probe(server.path(file)), probe(clip)
+    assert (info.width, info.height) == (2 * source.width, 2 * source.height)
+    with av.open(str(server.path(file))) as container:
+        assert len(list(container.decode(video=0))) == 13
+    with av.open(str(server.path(file))) as container:
+        assert container.streams.audio
+    assert previews
+
+
+def test_a_path_serves_as_well_as_a_video(server: Server, clip):
+    server.upload(clip, name="by_path.mp4")
+    graph = {"restore": {"class_type": "SVR2RestoreVideo", "inputs": {
+        "path": "by_path.mp4", **COMMON, "filename_prefix": "video/path", "format": "as the source"
+    }}}  # fmt: skip
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    assert files(entry, "restore")[0]["filename"].endswith(".mp4")
+
+
+def test_a_cut_video_is_restored_without_the_rest(server: Server, clip):
+    name = server.upload(clip)
+    graph = {
+        "load": {"class_type": "LoadVideo", "inputs": {"file": name}},
+        "cut": {"class_type": "Video Slice", "inputs": {
+            "video": ["load", 0], "start_time": 0.0, "duration": 0.2, "strict_duration": False
+        }},
+        "model": MODEL,
+        "restore": {"class_type": "SVR2RestoreVideo", "inputs": {
+            "video": ["cut", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/cut",
+            "format": "as the source"
+        }},
+    }  # fmt: skip
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    found = probe(server.path(files(entry, "restore")[0]))
+    assert 4 <= found.frames <= 7 < probe(clip).frames
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"size.factor": -1.0}, "smaller than min"),
+        ({"color": "sepia"}, "not in list"),
+        ({"frames_are": "both"}, "not in list"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_refused_before_anything_runs(server: Server, picture, inputs, words):
+    errors = server.node_errors(restored(picture("bad.png"), **inputs))
+    assert words in str(errors["restore"]["errors"]).lower()
+
+
+def test_a_missing_model_is_one_clear_sentence(server: Server, picture):
+    graph = restored(picture("missing.png"))
+    graph["model"] = {"class_type": "SVR2LoadModel", "inputs": {**MODEL["inputs"], "model": "3b"}}
+    told = failure(server.run(graph))
+    # The tests have no connection.
+    assert told["node_type"] == "SVR2LoadModel"
+    assert told["exception_message"].strip().count("\n") == 0
+    assert "could not be downloaded" in told["exception_message"]
+
+
+def test_a_missing_video_is_one_clear_sentence(server: Server):
+    graph = {"restore": {"class_type": "SVR2RestoreVideo", "inputs": {
+        "path": "nowhere.mp4", **COMMON, "filename_prefix": "video/none", "format": "mkv"
+    }}}  # fmt: skip
+    told = failure(server.run(graph))
+    assert "nowhere.mp4 does not exist" in told["exception_message"]
+
+
+def test_nothing_is_computed_twice_and_nothing_stale_is_kept(server: Server, picture):
+    name = picture("again.png")
+
+    def ran(graph: Graph) -> set[str]:
+        names: set[str] = set()
+        server.run(graph, on_message=lambda m: names.add(m["data"]["node"]) if _executing(m) else None)
+        return names
+
+    first = restored(name)
+    assert "restore" in ran(first)
+    assert "restore" not in ran(restored(name))
+    changed = restored(name, seed=8)
+    assert "restore" in ran(changed) and "model" not in ran(restored(name, seed=9))
+
+
+def _executing(message: object) -> bool:
+    return isinstance(message, dict) and message["type"] == "executing" and message["data"]["node"] is not None
+
+
+def test_a_run_stops_within_two_seconds(server: Server, picture):
+    # Half a minute of work, all of it on one frame.
+    graph = restored(picture("large.png", width=640, height=480), **{"size.factor": 3.0})
+    begun = len(server.log())
+    prompt = server.queue(graph)
+    while "Frames: 1 frames -> 1920 x 1440" not in server.log()[begun:]:
+        time.sleep(0.1)
+    time.sleep(3)
+    start = time.monotonic()
+    server.interrupt(prompt)
+    entry = server.wait(prompt, timeout=60)
+    assert time.monotonic() - start < 2
+    assert not succeeded(entry)
+    assert server.answers()
+
+
+def test_memory_does_not_grow_from_run_to_run(server: Server, picture):
+    name = picture("memory.png", width=160, height=120)
+
+    def resident() -> int:
+        with open(f"/proc/{server.pid}/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    sizes = []
+    for seed in range(8):
+        server.run(restored(name, seed=100 + seed))
+        sizes.append(resident())
+    # The first runs fill caches.
+    assert sizes[-1] - sizes[2] < 30e6, [round(size / 1e6) for size in sizes]

@@ -1,0 +1,185 @@
+"""Every node is explained: a help page in English and Chinese, and Chinese names and tooltips, none of them stale.
+
+The schemas are read with a small stand-in for ComfyUI, which records what they are made of and does nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "nodes" / "web" / "docs"
+LOCALES = ROOT / "locales"
+# A module that host.py imports, and a module of ComfyUI that it is part of.
+HOST_MODULES = ("comfy", "comfy.model_management", "comfy.model_patcher", "comfy.utils", "folder_paths", "server")
+# A sentence that Chinese is written in holds at least one of these.
+CHINESE = re.compile("[\u4e00-\u9fff]")
+# What vue-i18n, which the page is translated with, takes for its own syntax.
+SYNTAX = re.compile(r"[{}@|$]")
+
+
+class Recorded(SimpleNamespace):
+    """What an input, an output, an option or a schema was made with."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(args=args, **kwargs)
+
+    @property
+    def name(self) -> str:
+        return self.args[0]
+
+
+class StandIn:
+    """Has every attribute that is asked for; a call records its arguments."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return StandIn()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Recorded(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def schemas() -> dict[str, Recorded]:
+    """The nodes' schemas by their ids."""
+    io = StandIn()
+    io.__dict__.update(ComfyNode=type("ComfyNode", (), {}), Custom=lambda kind: StandIn())
+    api = ModuleType("comfy_api.latest")
+    api.__dict__.update(io=io, ui=StandIn(), Input=StandIn(), InputImpl=StandIn(), Types=StandIn())
+    api.ComfyExtension = type("ComfyExtension", (), {})
+    modules = {"comfy_api": ModuleType("comfy_api"), "comfy_api.latest": api}
+    for name in HOST_MODULES:
+        modules[name] = ModuleType(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, modules[name])
+    modules["comfy.model_patcher"].ModelPatcher = StandIn()
+    modules["server"].PromptServer = StandIn()
+    modules["folder_paths"].get_filename_list = lambda key: []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        before = set(sys.modules)
+        spec = importlib.util.spec_from_file_location(
+            "pack_of_this_test", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None and spec.loader is not None
+        pack = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = pack
+        spec.loader.exec_module(pack)
+        made = [node.define_schema() for node in sys.modules[f"{spec.name}.nodes"].NODES]
+        for name in set(sys.modules) - before:
+            if name.startswith(spec.name):
+                del sys.modules[name]
+    return {schema.node_id: schema for schema in made}
+
+
+def choices(entry: Recorded) -> list[Recorded]:
+    """The options of a dynamic choice, each with the inputs it brings along; of anything else none."""
+    return [option for option in getattr(entry, "options", []) if isinstance(option, Recorded)]
+
+
+def keys(schema: Recorded) -> dict[str, Recorded | None]:
+    """Every input of a node as translations name it; an input inside a choice is `choice_input`."""
+    found: dict[str, Recorded | None] = {}
+    for entry in schema.inputs:
+        found[entry.name] = entry
+        if getattr(entry, "control_after_generate", None):
+            # The page adds a widget that the schema doesn't name.
+            found["control_after_generate"] = None
+        for option in choices(entry):
+            found |= {f"{entry.name}_{inner.name}": inner for inner in option.args[1]}
+    return found
+
+
+def locale(name: str) -> dict[str, Any]:
+    return json.loads((LOCALES / name / "nodeDefs.json").read_text("utf-8"))
+
+
+def texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in texts(inner)]
+    return [value]
+
+
+def test_every_node_input_and_output_has_its_chinese_name(schemas):
+    chinese = locale("zh")
+    assert set(chinese) == set(schemas)
+    for node, schema in schemas.items():
+        assert set(chinese[node]) == {"display_name", "description", "inputs", "outputs"}
+        assert set(chinese[node]["inputs"]) == set(keys(schema)), node
+        assert set(chinese[node]["outputs"]) == {str(i) for i in range(len(schema.outputs))}, node
+        assert CHINESE.search(chinese[node]["display_name"]) and CHINESE.search(chinese[node]["description"]), node
+
+
+def test_what_has_a_tooltip_has_one_in_chinese(schemas):
+    chinese = locale("zh")
+    for node, schema in schemas.items():
+        for key, entry in keys(schema).items():
+            if getattr(entry, "tooltip", None):
+                assert CHINESE.search(chinese[node]["inputs"][key].get("tooltip", "")), f"{node}.{key}"
+
+
+def test_a_chinese_tooltip_names_every_choice_that_the_english_one_explains(schemas):
+    chinese = locale("zh")
+    for node, schema in schemas.items():
+        for entry in schema.inputs:
+            explained = {str(option) for option in named(entry) if f"{option}:" in getattr(entry, "tooltip", "")}
+            tooltip = chinese[node]["inputs"][entry.name].get("tooltip", "")
+            assert all(option in tooltip for option in explained), f"{node}.{entry.name}"
+
+
+def test_english_names_belong_to_inputs_that_exist(schemas):
+    for node, entry in locale("en").items():
+        assert set(entry["inputs"]) <= set(keys(schemas[node])), node
+
+
+@pytest.mark.parametrize("name", ["en", "zh"])
+def test_no_translation_holds_what_the_page_would_take_for_its_syntax(name):
+    assert not [text for text in texts(locale(name)) if SYNTAX.search(text)]
+
+
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
+def test_every_node_has_a_help_page_that_lists_its_inputs(schemas, page):
+    for node, schema in schemas.items():
+        lines = (DOCS / page.format(node)).read_text("utf-8").splitlines()
+        assert [name for line in lines for name in listed(line, "- ")] == ordered(schema, lines), node
+        explained = {name for line in lines for name in listed(line, "  - ")}
+        dynamic = {option.name for entry in schema.inputs for option in choices(entry)}
+        every = {option for entry in schema.inputs for option in named(entry)}
+        assert dynamic <= explained <= every, node
+
+
+def test_no_help_page_is_left_of_a_node_that_is_gone(schemas):
+    assert {path.stem for path in DOCS.glob("*.md")} == set(schemas)
+    assert {path.parent.name for path in DOCS.glob("*/*.md")} == set(schemas)
+
+
+def named(entry: Recorded) -> set[str]:
+    """What can be chosen at an input."""
+    return {option.name if isinstance(option, Recorded) else option for option in getattr(entry, "options", [])}
+
+
+def listed(line: str, bullet: str) -> list[str]:
+    """The names that a line of a list is about: "- `a`, `b`: ..." is about a and b."""
+    head = re.match(re.escape(bullet) + r"(`[^:：]+`[^:：]*)[:：]", line)
+    return re.findall(r"`([^`]+)`", head[1]) if head else []
+
+
+def ordered(schema: Recorded, lines: list[str]) -> list[str]:
+    """A node's inputs in the order of its help page."""
+    names = [entry.name for entry in schema.inputs]
+    position = {name: i for i, line in enumerate(lines) for name in listed(line, "- ")}
+    missing = set(names) - set(position)
+    assert not missing, f"{schema.node_id} lacks {missing}"
+    return sorted(names, key=position.__getitem__)
