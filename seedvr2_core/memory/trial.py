@@ -45,6 +45,7 @@ def footprint(call: Callable[[], object], device: str) -> Footprint:
         result = call()
         kept = ledger.alive
     del result  # until here it was alive
+    ledger.forget()
     return Footprint(ledger.peak, kept)
 
 
@@ -117,6 +118,11 @@ class Ledger(TorchDispatchMode):
             # The tensor is held as well, or its identity might become another's.
             known = self._twins[id(tensor)] = tensor, twin
         return known[1]
+
+    def forget(self) -> None:
+        """Let go of all tensors, weights among them, which would wait for Python's next collection."""
+        self._twins.clear()
+        self._known.clear()
 
     def _note(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,3 +87,15 @@ def test_packed_linear_layers_are_tried_as_well(dtype):
     x = torch.randn(5, 32, dtype=dtype)
     result = mlp(x)
     assert footprint(lambda: mlp(x), "cpu").kept == result.nbytes
+
+
+def test_a_trial_lets_go_of_the_weights_it_has_seen():
+    weight = torch.randn(4, 4)
+    storage = weakref.ref(weight.untyped_storage())
+    gc.disable()
+    try:
+        footprint(lambda: torch.empty(4, 4) @ weight, "cpu")
+        del weight
+        assert storage() is None
+    finally:
+        gc.enable()
