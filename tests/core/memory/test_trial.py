@@ -90,12 +90,12 @@ def test_packed_linear_layers_are_tried_as_well(dtype):
 
 
 def test_a_trial_lets_go_of_the_weights_it_has_seen():
-    weight = torch.randn(4, 4)
-    storage = weakref.ref(weight.untyped_storage())
+    weights = [torch.randn(4, 4)]
+    storage = weakref.ref(weights[0].untyped_storage())
     gc.disable()
     try:
-        footprint(lambda: torch.empty(4, 4) @ weight, "cpu")
-        del weight
+        footprint(lambda: torch.empty(4, 4) @ weights[0], "cpu")
+        weights.clear()
         assert storage() is None
     finally:
         gc.enable()
