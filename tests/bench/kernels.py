@@ -215,7 +215,7 @@ def list_cases(options: Options) -> Sequence[Case]:
         add(f"norm {channels} {'x'.join(map(str, shape))}", norm, "library", others, channels, shape)
     for tokens, channels in QUICK_TOKENS if quick else TOKENS:
         add(f"modulate {tokens}x{channels}", modulation, "library", ["kernel"], tokens, channels)
-    tiles = [tile.name for tile in frame_attention.TILES]
+    tiles = [tile.name for tile in frame_attention.tiles(capability, FRAME_CHANNELS)]
     for positions in QUICK_FRAMES if quick else FRAMES:
         add(f"frame {positions}", frame, "library", tiles, positions)
     tiles = [tile.name for tile in attention.TILES]
