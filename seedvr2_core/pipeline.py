@@ -42,6 +42,7 @@ from .memory.streaming import StreamedBlocks, new_state, placed
 from .models.dit import DiT, DiTConfig, Layout, make_layout
 from .models.dit import token_grid as token_grid_of
 from .models.linear import pack
+from .models.linear import resolve as resolve_packing
 from .models.tiling import TiledVAE
 from .models.vae import CausalState, VideoVAE, posterior
 from .models.vae_fast import FastOptions, FastVAE
@@ -161,11 +162,16 @@ def load_models(
         CheckpointError: a file is missing, damaged or something else.
     """
     # The large file comes last, so that a mistake in the others shows at once.
+    resolve_packing(packing, device, dtype)  # refused before anything is loaded
     choices = choices_for(device) if kernels else None
     options = replace(fast_options(device), choices=choices)
     prompts, autoencoder = load_prompts(dit), FastVAE(load_vae(vae, dtype, device), options)
     content = inspect(dit)
     if device.type == "cuda" and content.parameters * dtype.itemsize > free_bytes(device):
+        if packing != "auto":
+            raise SettingError(
+                f"Packing {packing!r} needs the whole transformer on {device}, where it does not fit; use 'auto'."
+            )
         # Its blocks wait on the host until the plan of a clip says which of them may stay on the device.
         transformer = load_dit(dit, dtype)
         for name, part in transformer.named_children():
@@ -415,7 +421,6 @@ class _Life:
         self.reported: tuple[Stage, float, int | None] = "encode", 0, total
         self.halves: list[_Slices] = []
         if models.dit:
-            self.attention = attention_name(models, settings)
             self.prompts = [prompt.to(models.device, models.dtype) for prompt in prompts_of(models, settings)]
         if models.vae:
             looks_back = reach(models.vae.config)
@@ -580,7 +585,8 @@ class _Life:
             [prompt],
             torch.tensor([u], device=models.device),
             layout=self.layouts[key],
-            attention=self.attention,
+            # As asked for and not as resolved: only an automatic one may be our kernel.
+            attention=self.settings.attention,
             rows=self.plan.rows,
             blocks=self.blocks,
             choices=models.choices,

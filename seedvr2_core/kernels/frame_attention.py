@@ -15,6 +15,8 @@ from torch import Tensor
 
 # A program has this many channels of its queries in registers.
 MAX_CHANNELS = 512
+# Compute capabilities where a block may have more than 99 KiB of shared memory: those of data centres.
+ROOMY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +35,20 @@ class Tile:
 
 # Shared memory in the notes is for 16 bits and 512 channels.
 TILES = (
-    # Two warpgroups, each with half of the channels of the result; 192 KiB on Hopper.
+    # Two warpgroups, each with half of the channels of the result; 192 KiB on Hopper, 132 before.
     Tile(queries=64, keys=32, warps=8, stages=2),
-    # Half as many rounds, in which nothing is loaded ahead; 192 KiB on Hopper.
+    # Half as many rounds, in which nothing is loaded ahead; 128 KiB on Hopper, 136 before.
     Tile(queries=64, keys=64, warps=8, stages=1),
     # Fits the 99 KiB of compute capability 8.6 and 8.9.
     Tile(queries=32, keys=32, warps=4, stages=1),
 )
 
 
-def tiles(channels: int) -> tuple[Tile, ...]:
-    """The tiles worth trying for this width; none: leave it to the library."""
-    return TILES if channels <= MAX_CHANNELS else ()
+def tiles(capability: tuple[int, int], channels: int) -> tuple[Tile, ...]:
+    """The tiles worth trying for this width on a GPU of this compute capability; none: leave it to the library."""
+    if channels > MAX_CHANNELS:
+        return ()
+    return TILES if capability in ROOMY else TILES[-1:]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile = TILES[0]) -> Tensor:

@@ -168,7 +168,9 @@ def attend(choices: Choices, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend_to_frame`, n positions c."""
     n, positions, c = q.shape
     question = Question("frame_attention", (c, n, rounded(positions)), q.dtype, q.device)
-    kernels = {tile.name: partial(frame_attention.attend, q, k, v, tile) for tile in frame_attention.tiles(c)}
+    machine = choices.machine(q.device)
+    tiles = frame_attention.tiles(machine.capability, c) if machine else ()
+    kernels = {tile.name: partial(frame_attention.attend, q, k, v, tile) for tile in tiles}
     return choices.run(question, partial(attend_to_frame, q, k, v), kernels)
 
 

@@ -65,9 +65,9 @@ def attention() -> None:
         windows.attend(call, tile)
 
 
-def frames() -> None:
+def frames(capability: int) -> None:
     q, k, v = empty(3, 2, 14400, 512).unbind()
-    for tile in frame_attention.TILES:
+    for tile in frame_attention.tiles(divmod(capability, 10), 512):
         frame_attention.attend(q, k, v, tile)
 
 
@@ -99,7 +99,7 @@ def main() -> None:
         modulations()
         convolutions(capability)
         attention()
-        frames()
+        frames(capability)
     print(json.dumps(made))
 
 

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Everything, for Ampere and Hopper. In a process of its own, where Triton does not interpret."""
+    """Everything, for both kinds of Ampere and Hopper. In a process of its own, where Triton does not interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "tests.core.kernels.offline", "80", "90"]
+    command = [sys.executable, "-m", "tests.core.kernels.offline", "80", "86", "90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -35,15 +35,13 @@ def of(compiled, capability, kernel):
     return found
 
 
-@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("capability", (80, 86, 90))
 def test_every_kernel_compiles_and_fits_shared_memory(compiled, capability):
     mine = [entry for entry in compiled if entry["capability"] == capability]
     expected = {"statistics_kernel", "apply_kernel", "norm_modulate_kernel", "gate_residual_kernel", "pointer_kernel",
                 "key_kernel", "window_kernel", "frame_kernel"}  # fmt: skip
     assert {entry["kernel"] for entry in mine} == expected | ({"descriptor_kernel"} if capability == 90 else set())
-    # What fits compute capability 8.0 here also fits the smaller GPUs of its generation.
-    limit = SHARED[86 if capability == 80 else capability]
-    assert [entry for entry in mine if entry["shared"] > limit] == []
+    assert [entry for entry in mine if entry["shared"] > SHARED[capability]] == []
 
 
 def test_hopper_multiplies_with_its_own_instructions_and_copies_boxes(compiled):

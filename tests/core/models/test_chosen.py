@@ -45,7 +45,7 @@ def small(ground, monkeypatch):
 
     monkeypatch.setattr(causal_conv3d, "tiles", lambda *sizes: [] if sizes[1] < 16 else tiles(*sizes))
     monkeypatch.setattr(windows, "tiles", lambda d: WINDOWS)
-    monkeypatch.setattr(frames, "tiles", lambda channels: FRAMES)
+    monkeypatch.setattr(frames, "tiles", lambda capability, channels: FRAMES)
 
 
 def relative(actual, expected):
