@@ -63,7 +63,7 @@ class LoadModel(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="Compile the transformer with torch.compile: minutes of work for the first clip of a "
-                    "size, some per cent faster afterwards.",
+                    "size. What it gains has not been measured yet.",
                 ),
             ],
             outputs=[ModelSocket.Output(display_name="model")],

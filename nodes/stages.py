@@ -14,6 +14,8 @@ from ..seedvr2_core.models.windows import WindowConfig
 from ..seedvr2_core.pipeline import Settings, decode, encode, pixel_size, restore_latent
 from ..seedvr2_core.video.color import ColorTransfer
 from ..seedvr2_core.video.geometry import (
+    CLIP_MULTIPLE,
+    LATENT_FRAMES,
     PATCH,
     Grid,
     padded_size,
@@ -30,8 +32,6 @@ from .progress import Shown
 # Under this name a latent carries what its shape does not tell: the frames T, height H and width W that it was made
 # of. Nodes of others pass it on or drop it.
 ORIGIN = "seedvr2"
-# One token covers so many pixels of a side.
-TOKEN = 16
 
 
 class Encode(io.ComfyNode):
@@ -249,7 +249,7 @@ def window_config(windows: dict) -> WindowConfig | None:
         return None
     return WindowConfig(
         splits=Grid(windows["windows_t"], windows["windows_h"], windows["windows_w"]),
-        train_area=(max(1, windows["train_height"] // TOKEN), max(1, windows["train_width"] // TOKEN)),
+        train_area=(max(1, windows["train_height"] // CLIP_MULTIPLE), max(1, windows["train_width"] // CLIP_MULTIPLE)),
         max_t=windows["longest_t"],
     )
 
@@ -274,7 +274,8 @@ def samples_of(latent: dict) -> Tensor:
 def origin_of(latent: dict, size: tuple[int, int], frames: int) -> dict[str, int]:
     """Frames, height and width of what was encoded, if the latent still has that size; else all that it holds."""
     origin = latent.get(ORIGIN)
-    if origin and padded_size(origin["height"], origin["width"]) == size and frames - 4 < origin["frames"] <= frames:
+    same_size = origin and padded_size(origin["height"], origin["width"]) == size
+    if same_size and frames - LATENT_FRAMES < origin["frames"] <= frames:
         return origin
     return {"frames": frames, "height": size[0], "width": size[1]}
 

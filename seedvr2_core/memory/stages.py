@@ -171,14 +171,16 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
 
 def _tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
     """Tensors that a model, a part of one or a layout holds, each once."""
+    if isinstance(thing, (tuple, list)):
+        # Not noted as seen: most are made on the way, and what follows may get the identity of one that is gone.
+        for part in thing:
+            yield from _tensors_of(part, seen)
+        return
     if id(thing) in seen:
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
         yield thing
-    elif isinstance(thing, (tuple, list)):
-        for part in thing:
-            yield from _tensors_of(part, seen)
     elif isinstance(thing, nn.Module):
         yield from _tensors_of([*thing.parameters(), *thing.buffers()], seen)
         for module in thing.modules():

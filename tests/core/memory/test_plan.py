@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from seedvr2_core.checkpoints import load_dit
 from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
 from seedvr2_core.errors import SettingError
 from seedvr2_core.memory.plan import GIB, USABLE, MemoryPlan, Planner, describe, make_plan, parse_bytes, step_down
-from seedvr2_core.memory.stages import Work, reach
+from seedvr2_core.memory.stages import Work, reach, weights_of
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VideoVAE
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
@@ -196,3 +197,11 @@ def test_a_prediction_is_within_a_tenth_of_what_is_measured(clip):
 def test_a_prediction_is_within_a_tenth_of_what_is_measured_on_a_gpu(clip):
     predicted, measured = restoration(clip, device="cuda")
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_all_weights_are_counted_those_that_are_packed_as_well():
+    models = load_models(NANO_DIT, NANO_VAE, torch.device("cpu"), torch.bfloat16)
+    weights = weights_of(Work(vae=models.vae, dit=models.dit, device="cpu", height=64, width=64, frames=1))
+    transformer = sum(p.numel() for p in load_dit(NANO_DIT).parameters()) * 2
+    # The autoencoder's are merged and shared out, so there are more of them than in the file.
+    assert transformer + 5_000_000 < sum(weights.blocks) + weights.others < transformer + 30_000_000
