@@ -24,10 +24,12 @@ from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from . import doctor, loop
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
 from .guards import GuardConfig, Guards
-from .pretrain import NANO_DIT, Latents, cost, draw_batch, latent_errors, latent_previews, load_run, noised_condition
+from .pretrain import NANO_DIT, cost, draw_batch, latent_errors, latent_previews, load_run, noised_condition
 from .previews import Preview
 from .randomness import rng, torch_rng
 from .restorer import Restorer
+from .shards import Latents
+from .text import Chosen, TextConfig, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,9 @@ class Distillation:
         None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
     )
     batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
+    # What the teacher was trained with. Its negative prompt, if it has one, is what guidance leads away from.
+    text: TextConfig = TextConfig()
+    text_dropout: float = setting(0.0, "share of samples with the null prompt, in the first halving", least=0, most=1)
     condition_noise: float = setting(
         0.25, "most noise in the condition, drawn from 0..this", source="RC", least=0, most=1
     )
@@ -61,6 +66,9 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.steps & (self.steps - 1):
             raise SettingError(f"steps is {self.steps}; it is halved to 1, so it has to be a power of two.")
+        if self.text.negative_fraction:
+            raise SettingError("text.negative_fraction is for training.pretrain; a student is taught what its teacher "
+                               "makes of good texts, so set it to 0 here.")
 
 
 RECIPES = {
@@ -115,13 +123,17 @@ class HalvingStage:
         student = student or copy.deepcopy(teacher)
         self.modules: Mapping[str, Restorer] = {"g": student.train().requires_grad_(True)}
         # Only the first teacher is guided; its student needs no guidance any more.
-        self.cfg = config.cfg if steps == config.steps else 1.0
+        first = steps == config.steps
+        self.cfg = config.cfg if first else 1.0
+        seed, dropout = config.run.seed + steps, config.text_dropout if first else 0.0
+        self.texts = Texts.of_run(config.text, student, latents, seed, dropout)
 
     def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
         student = self.modules[name]
-        x, condition, u, to_clean = self.draw(step, micro, student.device)
-        target = two_steps(self.teacher, x, condition, u, 1 / self.steps, self.cfg)
-        predicted = student.velocity(x, condition, u)
+        x, condition, u, to_clean, texts = self.draw(step, micro, student.device)
+        opposed = self.texts.opposed(len(x))
+        target = two_steps(self.teacher, x, condition, u, 1 / self.steps, self.cfg, texts, opposed)
+        predicted = texts.velocity(student, x, condition, u)
         errors = (predicted - target).square().mean(dim=(1, 2, 3, 4))
         to_teacher = errors.mean()
         to_data = (predicted - to_clean).square().mean()
@@ -139,22 +151,25 @@ class HalvingStage:
             **cost(x),
         }
 
-    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latent, condition, time and velocity to the clean latent of a micro-batch."""
+    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Chosen]:
+        """Noisy latent, condition, time, velocity to the clean latent and texts of a micro-batch."""
         config, seed = self.config, self.config.run.seed + self.steps
-        hq, lq = draw_batch(config, self.latents, step, micro, at=config.run.steps * self.steps)
+        hq, lq, captions = draw_batch(config, self.latents, step, micro, at=config.run.steps * self.steps)
+        texts = self.texts.choose(step, micro, len(hq), captions)
         noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step, micro))
         index = rng(seed, "timestep", step, micro).integers(1, self.steps // 2 + 1, len(hq))
         u = torch.from_numpy(2 * index / self.steps).float()
         condition = noised_condition(lq, seed, step, config.condition_noise, micro)
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))
-        return tuple(tensor.to(device) for tensor in (x, condition, u, velocity(hq, noise)))
+        return *(tensor.to(device) for tensor in (x, condition, u, velocity(hq, noise))), texts
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        return latent_errors(module, self.latents, steps=(max(1, self.steps // 2), 1))
+        steps = max(1, self.steps // 2), 1
+        return latent_errors(module, self.latents, steps, captions=self.config.text.mode == "caption")
 
     def preview(self, module: nn.Module) -> list[Preview]:
-        return latent_previews(module, self.latents, steps=max(1, self.steps // 2))
+        steps = max(1, self.steps // 2)
+        return latent_previews(module, self.latents, steps, captions=self.config.text.mode == "caption")
 
 
 def _mean_where(errors: Tensor, chosen: Tensor) -> float:
@@ -163,19 +178,31 @@ def _mean_where(errors: Tensor, chosen: Tensor) -> float:
 
 
 @torch.no_grad()
-def two_steps(teacher: Restorer, x: Tensor, condition: Tensor, u: Tensor, delta: float, cfg: float = 1.0) -> Tensor:
-    """Velocity of the one step that lands where two Euler steps of `delta` do: their mean."""
-    first = guided(teacher, x, condition, u, cfg)
-    return 0.5 * (first + guided(teacher, x - delta * first, condition, u - delta, cfg))
+def two_steps(
+    teacher: Restorer,
+    x: Tensor,
+    condition: Tensor,
+    u: Tensor,
+    delta: float,
+    cfg: float = 1.0,
+    texts: Chosen | None = None,
+    opposed: Chosen | None = None,
+) -> Tensor:
+    """Velocity of the one step that lands where two Euler steps of `delta` do: their mean.
 
+    Args:
+        cfg: strength of guidance from the `opposed` texts to `texts`; 1: none, and no `opposed` needed.
+        texts: None: the teacher's prompt for all samples.
+    """
+    texts = texts or Chosen.prompts(len(x))
 
-def guided(teacher: Restorer, x: Tensor, condition: Tensor, u: Tensor, cfg: float) -> Tensor:
-    """Velocity away from that of the null prompt; without guidance, at 1, there is no second pass."""
-    positive = teacher.velocity(x, condition, u)
-    if cfg == 1.0:
-        return positive
-    dropped = torch.ones(len(x), dtype=torch.bool)
-    return guide(positive, teacher.velocity(x, condition, u, dropped), cfg)
+    def velocity(x: Tensor, u: Tensor) -> Tensor:
+        positive = texts.velocity(teacher, x, condition, u)
+        # Without guidance there is no second pass.
+        return positive if cfg == 1.0 else guide(positive, opposed.velocity(teacher, x, condition, u), cfg)
+
+    first = velocity(x, u)
+    return 0.5 * (first + velocity(x - delta * first, u - delta))
 
 
 def main() -> None:

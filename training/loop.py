@@ -297,21 +297,25 @@ class Trainer:
     # Between steps.
 
     def _after(self, done: int, over: bool) -> None:
-        """Save, validate and show what is due after `done` steps; `over`: there will be no other in this call."""
+        """Show, validate and save what is due after `done` steps; `over`: there will be no other in this call.
+
+        A checkpoint comes last: a run that is killed before it is whole does all of this again, and one that is killed
+        after it has lost nothing.
+        """
         config, last = self.config, done == self.config.steps
-        if over or done % config.save_every == 0:
-            self._save(done, wait=over)
-        else:
-            self._settle(done)
+        validates = last or done % config.validate_every == 0
+        shows = config.preview_every is not None and (last or done % config.preview_every == 0)
+        if validates or shows:
+            self._look(done, validates, shows)
         if last or done % config.keep_averaged_every == 0:
             try:
                 state.save_averaged(self.directory, done, self.ema.state(self.module), self.processes)
             except CheckpointError as error:
                 self.journal.alert(done, str(error))
-        validates = last or done % config.validate_every == 0
-        shows = config.preview_every is not None and (last or done % config.preview_every == 0)
-        if validates or shows:
-            self._look(done, validates, shows)
+        if over or done % config.save_every == 0:
+            self._save(done, wait=over)
+        else:
+            self._settle(done)
 
     @torch.no_grad()
     def _look(self, done: int, validates: bool, shows: bool) -> None:

@@ -1,7 +1,8 @@
 """Losses as pure functions, one equation each.
 
 b clips   c channels   T H W pixel frames, height, width
-r, f logits b of the discriminator for real and for restored samples, paired: sample i of both has one condition
+r, f logits b of the discriminator for real and for restored samples, paired: sample i of both has one condition; or,
+     from a discriminator of pixels, b t h w, a logit a patch
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ def non_saturating_g(r: Tensor, f: Tensor) -> Tensor:
     return F.softplus(-f).mean()
 
 
+def hinge_d(r: Tensor, f: Tensor) -> Tensor:
+    """mean max(0, 1 - r) + max(0, 1 + f); 2 where all logits are 0. Source: Geometric GAN, arXiv 1705.02894."""
+    return F.relu(1 - r).mean() + F.relu(1 + f).mean()
+
+
+def hinge_g(r: Tensor, f: Tensor) -> Tensor:
+    """-mean f; what is real does not matter. Source: as `hinge_d`."""
+    return -f.mean()
+
+
 def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
     """mean (D(x) - D(x + sigma e))^2, e unit Gaussian: sigma^2 times the squared gradient of D at x, to first order.
 
@@ -71,6 +82,24 @@ def feature_matching(restored: Sequence[Tensor], real: Sequence[Tensor]) -> Tens
     Source: SeedVR2, arXiv 2506.05301, eq. 4.
     """
     return feature_distances(restored, real).mean()
+
+
+def gradient_ratio(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """|da/dW| / |db/dW|, at most 1e4: what makes a loss b pull at a weight as hard as a loss a does.
+
+    Both graphs are kept; no gradient goes through the ratio. Source: VQGAN, arXiv 2012.09841, eq. 7.
+    """
+    of_a, of_b = (torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (a, b))
+    return (of_a / (of_b + 1e-4)).clamp(max=1e4)
+
+
+def high_frequency_ratio(restored: Tensor, real: Tensor) -> Tensor:
+    """Energy of what a 3 x 3 mean takes away, of restored over real clips b c T H W; 1 is right, below it is blurred."""
+    restored, real = (rearrange(x, "b c t h w -> (b c t) 1 h w") for x in (restored, real))
+    fine, wanted = (
+        (x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)).square().mean() for x in (restored, real)
+    )
+    return fine / wanted.clamp_min(1e-12)
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:

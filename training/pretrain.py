@@ -7,7 +7,7 @@ Source: SeedVR, arXiv 2501.01320; loss, logit-normal times and resolution shift 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -29,8 +29,8 @@ from .guards import GuardConfig
 from .previews import Preview, colour, colour_basis
 from .randomness import torch_rng
 from .restorer import Restorer
-from .shards import HELD_OUT as HELD_OUT
 from .shards import Latents
+from .text import Chosen, TextConfig, Texts
 from .weights import empty_restorer, open_restorer
 
 # The code of the 3B in a size that a CPU trains in half an hour.
@@ -60,6 +60,7 @@ class Batches(Protocol):
     batch: int
     batch_tokens: int | None
     image_share: float | None
+    text: TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class Pretraining:
         None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
     )
     batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
+    text: TextConfig = TextConfig()
     text_dropout: float = setting(0.1, "share of samples with the null prompt", least=0, most=1)
     condition_noise: float = setting(
         0.25, "most noise in the condition, drawn from 0..this", source="RC", least=0, most=1
@@ -140,48 +142,60 @@ class PretrainStage:
             torch.manual_seed(config.run.seed)
             restorer = Restorer(config.model)
         self.modules: Mapping[str, Restorer] = {"g": restorer.train().requires_grad_(True)}
+        self.texts = Texts.of_run(config.text, restorer, latents, config.run.seed, config.text_dropout)
 
     def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
         restorer = self.modules[name]
-        x, condition, u, dropped, target = self.draw(step, micro, restorer.device)
-        loss = (restorer.velocity(x, condition, u, dropped) - target).square().mean()
+        x, condition, u, target, texts = self.draw(step, micro, restorer.device)
+        loss = (texts.velocity(restorer, x, condition, u) - target).square().mean()
         (scale * loss).backward()
         return {"loss": loss.item(), "frames": x.shape[2], **cost(x)}
 
-    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latent, condition, time, dropped prompts and true velocity of a micro-batch."""
+    def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Chosen]:
+        """Noisy latent, condition, time, true velocity and texts of a micro-batch."""
         config, seed = self.config, self.config.run.seed
-        hq, lq = draw_batch(config, self.latents, step, micro)
+        hq, lq, captions = draw_batch(config, self.latents, step, micro)
+        texts = self.texts.choose(step, micro, len(hq), captions)
+        hq = texts.target(hq, lq)
         noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step, micro))
         draw = torch_rng(seed, "timestep", step, micro)
         factor = max(MIN_SHIFT, shift_factor(*hq.shape[2:]))
         u = shift(torch.sigmoid(torch.randn(len(hq), generator=draw)), factor)
         u[torch.rand(len(hq), generator=draw) < config.pure_noise] = 1
-        dropped = torch.rand(len(hq), generator=torch_rng(seed, "text_drop", step, micro)) < config.text_dropout
         condition = noised_condition(lq, seed, step, config.condition_noise, micro)
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))
         target = velocity(hq, noise)
-        return tuple(tensor.to(device) for tensor in (x, condition, u, dropped, target))
+        return *(tensor.to(device) for tensor in (x, condition, u, target)), texts
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        return latent_errors(module, self.latents, steps=(1, 8))
+        return latent_errors(module, self.latents, (1, 8), captions=self.config.text.mode == "caption")
 
     def preview(self, module: nn.Module) -> list[Preview]:
-        return latent_previews(module, self.latents, steps=8)
+        return latent_previews(module, self.latents, 8, captions=self.config.text.mode == "caption")
 
 
-def draw_batch(config: Batches, latents: Latents, step: int, micro: int, at: int = 0) -> tuple[Tensor, Tensor]:
-    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens a step.
+Captions = Sequence[Tensor | None]
+
+
+def draw_batch(
+    config: Batches, latents: Latents, step: int, micro: int, at: int = 0
+) -> tuple[Tensor, Tensor, Captions | None]:
+    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens a step; and
+    the captions of its samples where the run uses them.
 
     Args:
         at: the step of the plan or order where the run begins.
     """
-    if config.batch_tokens is None:
-        return latents.batch(at + step, config.batch, micro)
-    planned = latents.planned(
-        at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches, image_share=config.image_share
-    )
-    return planned.hq, planned.lq
+    captioned = config.text.mode == "caption"
+    if config.batch_tokens is not None:
+        found = latents.planned(
+            at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches, image_share=config.image_share
+        )
+    elif captioned:
+        found = latents.captioned(at + step, config.batch, micro)
+    else:
+        return *latents.batch(at + step, config.batch, micro), None
+    return found.hq, found.lq, found.texts if captioned else None
 
 
 def cost(latent: Tensor) -> dict[str, int]:
@@ -190,33 +204,47 @@ def cost(latent: Tensor) -> dict[str, int]:
     return {"samples": b, "tokens": b * t * (h // PATCH) * (w // PATCH)}
 
 
-def latent_errors(module: Restorer, latents: Latents, steps: tuple[int, ...]) -> dict[str, float]:
-    """RMS error and spread of restored held-out latents, relative to the clean ones; "lq" is the input's own error."""
+def latent_errors(
+    module: Restorer, latents: Latents, steps: tuple[int, ...], captions: bool = False
+) -> dict[str, float]:
+    """RMS error and spread of restored held-out latents, relative to the clean ones; "lq" is the input's own error.
+
+    `captions`: with those that the samples have, else with the model's prompt.
+    """
     result: dict[str, list[float]] = {}
-    for hq, lq in latents.held_out():
+    for hq, lq, texts in _held_out(latents, captions):
         result.setdefault("lq", []).append((lq - hq).square().mean().sqrt().item())
         for count in steps:
-            restored = restore_latents(module, lq, count)
+            restored = restore_latents(module, lq, count, texts)
             result.setdefault(f"rms_{count}", []).append((restored - hq).square().mean().sqrt().item())
             result.setdefault(f"std_{count}", []).append((restored.std() / hq.std()).item())
     return {name: sum(values) / len(values) for name, values in result.items()}
 
 
-def latent_previews(module: Restorer, latents: Latents, steps: int) -> list[Preview]:
+def latent_previews(module: Restorer, latents: Latents, steps: int, captions: bool = False) -> list[Preview]:
     """The first held-out sample of every kind, as colours of its latents."""
     shown = []
-    for hq, lq in latents.held_out():
+    for hq, lq, texts in _held_out(latents, captions):
         basis = colour_basis(hq)
-        pictures = [colour(x[0], basis) for x in (lq, restore_latents(module, lq[:1], steps), hq)]
+        restored = restore_latents(module, lq[:1], steps, texts and texts[:1])
+        pictures = [colour(x[0], basis) for x in (lq, restored, hq)]
         shown.append(Preview(f"{len(pictures[0])}x{hq.shape[3]}x{hq.shape[4]}", *pictures))
     return shown
 
 
-def restore_latents(module: Restorer, lq: Tensor, steps: int) -> Tensor:
+def _held_out(latents: Latents, captions: bool) -> Iterator[tuple[Tensor, Tensor, Captions | None]]:
+    if not captions:
+        yield from ((hq, lq, None) for hq, lq in latents.held_out())
+        return
+    yield from ((batch.hq, batch.lq, batch.texts) for batch in latents.held_out_captioned())
+
+
+def restore_latents(module: Restorer, lq: Tensor, steps: int, texts: Captions | None = None) -> Tensor:
     """Degraded latents b 16 t h w, restored from noise that is theirs for good; on the CPU."""
+    told = () if texts is None else (None, texts)
     noise = torch.stack([frame_noise(i, 0, *lq.shape[2:3], 16, *lq.shape[3:]) for i in range(len(lq))])
     noise, lq = noise.to(module.device), lq.to(module.device)
-    return sample(lambda x, u: module.velocity(x, lq, torch.full((len(x),), u, device=x.device)), noise, steps).cpu()
+    return sample(lambda x, u: module.velocity(x, lq, x.new_full((len(x),), u), *told), noise, steps).cpu()
 
 
 def load_run(where: str | Path, config: DiTConfig) -> Restorer:

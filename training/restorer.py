@@ -5,6 +5,8 @@ b clips   c channels   t h w latent frames, height, width   l text tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,14 @@ class Restorer(Arranged):
     def device(self) -> torch.device:
         return self.prompt.device
 
-    def velocity(self, x: Tensor, condition: Tensor, u: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        u: Tensor,
+        dropped: Tensor | None = None,
+        texts: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """Velocity b 16 t h w, in the type of x whatever the model computes in.
 
         Args:
@@ -38,12 +47,17 @@ class Restorer(Arranged):
             condition: degraded latent b 16 t h w.
             u: b, time 0..1.
             dropped: b, which samples get the null prompt; None: none of them.
+            texts: embedding l c of each sample that has another than the learned prompt; None: none of them.
         """
-        prompts = [self.prompt] * len(x)
+        prompts = [self.prompt if text is None else self._beside(text) for text in texts or [None] * len(x)]
         if dropped is not None:
-            prompts = [prompt * (not drop) for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+            prompts = [self.prompt * 0 if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
         return torch.stack(self.dit(latents, prompts, u, blocks=self.layers.of(self.dit))).to(x.dtype)
+
+    def _beside(self, text: Tensor) -> Tensor:
+        # With no row of the prompt, so that all processes have a gradient of it to share, be it zero.
+        return torch.cat([text.to(self.prompt), self.prompt[:0]])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ A data set is a folder of plain tar shards, named and laid out as WebDataset doe
     images-000007.json           its manifest, written last: a shard without one is not finished
     index/offset.npy ...         a column of every property of a sample, memory-mapped
     index/about.json             buckets, shards, scale, and the settings all of it was made with
+    index/text.safetensors       the text of every sample that has none of its own, where there is one
 
 Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`).
 """
@@ -40,7 +41,7 @@ from training.randomness import rng
 
 log = logging.getLogger(__name__)
 
-INDEX, ABOUT = "index", "about.json"
+INDEX, ABOUT, SHARED_TEXT = "index", "about.json", "text.safetensors"
 # Tensors of every file inside a shard have this name.
 TENSOR = "latent"
 # Samples of each kind that are kept out of training, the first ones.
@@ -92,7 +93,7 @@ def write_shard(directory: Path, name: str, pairs: Iterable[tuple[str, Pair]], s
                 files[f"{key}.json"] = json.dumps(pair.about).encode()
                 places = [_add(tar, file, content) for file, content in files.items()]
                 rows.append({"key": key, "shape": list(pair.hq.shape[1:]), "variants": len(pair.lq),
-                             "text": pair.text is not None, "places": places})  # fmt: skip
+                             "text": 0 if pair.text is None else pair.text.shape[1], "places": places})  # fmt: skip
                 values = pair.hq.double()
                 total, squares, count = total + values.sum().item(), squares + values.square().sum().item(), (
                     count + values.numel()
@@ -136,19 +137,21 @@ def is_finished(directory: Path, name: str, settings: Mapping[str, Any]) -> bool
         return False
     made_with = json.loads(manifest.read_text())["settings"]
     wanted = json.loads(json.dumps(settings))
-    if made_with != wanted:
-        changed = [name for name in wanted if made_with.get(name) != wanted[name]] or ["settings"]
+    # A setting that there was not yet when the shard was made was none.
+    changed = [name for name in {**wanted, **made_with} if made_with.get(name) != wanted.get(name)]
+    if changed:
         raise SettingError(f"{directory} was made with another {changed[0]} ({made_with.get(changed[0])}, now "
                            f"{wanted.get(changed[0])}); use another folder, or remove that one.")
     return True
 
 
-def build_index(directory: Path, names: Iterable[str]) -> None:
+def build_index(directory: Path, names: Iterable[str], text: Tensor | None = None) -> None:
     """Gather the manifests of all shards into columns, under their final name whole or not at all.
 
     Args:
         directory: of the data set.
         names: of its shards, in the order of the samples.
+        text: embedding l c of samples that have none of their own.
 
     Raises:
         CheckpointError: a shard is missing, or shards do not belong together.
@@ -161,26 +164,33 @@ def build_index(directory: Path, names: Iterable[str]) -> None:
     if len({row["variants"] for _, _, row in rows}) != 1:
         raise CheckpointError(f"{directory} holds samples with different numbers of degraded versions, or none at all; "
                               "precompute them with one setting.")
+    widths = sorted({row["text"] for _, _, row in rows if row["text"]} | ({text.shape[1]} if text is not None else set()))
+    if len(widths) > 1:
+        raise CheckpointError(f"{directory} holds texts {' and '.join(map(str, widths))} wide, and a model takes one "
+                              "width; remove the shards, and precompute them with texts of one encoder.")
     buckets = sorted({tuple(row["shape"]) for _, _, row in rows})
     columns: dict[str, list] = {name: [] for name in COLUMNS}
     for shard, kind, row in rows:
         hq, *rest = row["places"]
         lq, rest = rest[: row["variants"]], rest[row["variants"] :]
-        text = rest[0] if row["text"] else Place(0, 0)
+        own_text = rest[0] if row["text"] else Place(0, 0)
         bucket = buckets.index(tuple(row["shape"]))
-        values = (shard, bucket, kind, hq, lq, text, rest[-1])
+        values = (shard, bucket, kind, hq, lq, own_text, rest[-1])
         for name, value in zip(COLUMNS, values, strict=True):
             columns[name].append(value)
     count = sum(manifest["count"] for manifest in manifests.values())
     mean = sum(manifest["sum"] for manifest in manifests.values()) / count
     variance = sum(manifest["squares"] for manifest in manifests.values()) / count - mean**2
     about = {"shards": names, "kinds": kinds, "buckets": buckets, "samples": len(rows),
-             "scale": 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"]}  # fmt: skip
+             "scale": 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"],
+             "text_width": widths[0] if widths else None}  # fmt: skip
     part = directory / f".{INDEX}.{os.getpid()}.part"
     part.mkdir()
     try:
         for name, dtype in COLUMNS.items():
             np.save(part / f"{name}.npy", np.asarray(columns[name], dtype=dtype))
+        if text is not None:
+            (part / SHARED_TEXT).write_bytes(to_bytes({TENSOR: text}))
         _write_json(part / ABOUT, about)
         shutil.rmtree(directory / INDEX, ignore_errors=True)
         part.replace(directory / INDEX)
@@ -202,7 +212,7 @@ class LatentBatch:
 
     hq: Tensor
     lq: Tensor
-    texts: list[Tensor | None]  # embedding l c of each sample's caption, where it has one
+    texts: list[Tensor | None]  # embedding l c of each sample, where it has one
     ids: np.ndarray  # of the samples, in the index of the data set
     bucket: Grid
 
@@ -212,18 +222,24 @@ class ShardReader:
     by the same, and counted."""
 
     def __init__(self, directory: Path):
+        index = directory / INDEX
         try:
-            about = json.loads((directory / INDEX / ABOUT).read_text())
-        except OSError as error:
+            about = json.loads((index / ABOUT).read_text())
+            self.columns = {name: np.load(index / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+            self.shared_text = load_file(index / SHARED_TEXT)[TENSOR] if (index / SHARED_TEXT).exists() else None
+        except FileNotFoundError as error:
             raise CheckpointError(f"{directory} holds no finished latents; run `python -m training.precompute` first."
                                   ) from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{index} is damaged ({error}); remove it and run `python -m training.precompute` "
+                                  "again, finished shards are kept.") from error
         self.directory = directory
-        self.columns = {name: np.load(directory / INDEX / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
         self.shards: list[str] = about["shards"]
         self.buckets = [Grid(*shape) for shape in about["buckets"]]
         self.kinds: list[str] = about["kinds"]
         self.scale: float = about["scale"]
         self.settings: Mapping[str, Any] = about["settings"]
+        self.text_width: int | None = about.get("text_width")
         self.variants = self.columns["lq"].shape[1]
         self.unreadable: dict[int, str] = {}  # and why
         self._files: dict[int, BinaryIO] = {}
@@ -232,7 +248,7 @@ class ShardReader:
         return len(self.columns["shard"])
 
     def read(self, number: int, variant: int = 0) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Clean and degraded latent c t h w, the text of the sample if it has its own, and the number it really is.
+        """Clean and degraded latent c t h w, the text of the sample or else of all, and the number it really is.
 
         Raises:
             CheckpointError: so many samples are unreadable that it is no accident.
@@ -241,10 +257,11 @@ class ShardReader:
             if candidate in self.unreadable:
                 continue
             try:
-                hq = self._tensor(candidate, self.columns["hq"][candidate])
-                lq = self._tensor(candidate, self.columns["lq"][candidate, variant])
+                hq = self._latent(candidate, self.columns["hq"][candidate])
+                lq = self._latent(candidate, self.columns["lq"][candidate, variant])
                 place = self.columns["txt"][candidate]
-                return hq, lq, self._tensor(candidate, place) if place[1] else None, candidate
+                text = self._tensor(candidate, place) if place[1] else self.shared_text
+                return hq, lq, text, candidate
             except (OSError, SafetensorError, KeyError) as error:
                 self._count(candidate, error)
         raise CheckpointError(f"No sample of {self.directory} that has the shape of sample {number} can be read.")
@@ -268,6 +285,12 @@ class ShardReader:
                 f"{len(self.unreadable)} of {len(self)} samples of {self.directory} cannot be read, the last was "
                 f"{self.unreadable[number]}. Remove the shard's .tar and .json and precompute it again."
             ) from error
+
+    def _latent(self, number: int, place: np.ndarray) -> Tensor:
+        latent, bucket = self._tensor(number, place), self.buckets[self.columns["bucket"][number]]
+        if latent.shape[1:] != bucket:
+            raise OSError(f"a tensor of {list(latent.shape)} lies at {place[0]}, expected a latent of {list(bucket)}")
+        return latent
 
     def _tensor(self, number: int, place: np.ndarray) -> Tensor:
         return load(self._bytes(number, place))[TENSOR]
@@ -314,9 +337,14 @@ class Latents:
 
     def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
         """Clean and degraded latents b c t h w of one micro-batch, of one shape."""
+        found = self.captioned(step, size, micro)
+        return found.hq, found.lq
+
+    def captioned(self, step: int, size: int, micro: int = 0) -> LatentBatch:
+        """The same batch with the texts of its samples."""
         return self._drawn(self._kinds[step % len(self._kinds)][HELD_OUT:], "order", step, size, micro)
 
-    def _drawn(self, ids: np.ndarray, purpose: str, step: int, size: int, micro: int) -> tuple[Tensor, Tensor]:
+    def _drawn(self, ids: np.ndarray, purpose: str, step: int, size: int, micro: int) -> LatentBatch:
         """Random ones of `ids`, with replacement, all of the shape of the first."""
         draw = rng(self.seed, purpose, step, micro)
         chosen = ids[draw.integers(0, len(ids), size)]
@@ -324,8 +352,7 @@ class Latents:
         if (shapes[chosen] != shapes[chosen[0]]).any():
             same = ids[shapes[ids] == shapes[chosen[0]]]
             chosen = same[draw.integers(0, len(same), size)]
-        found = self._gather(chosen, step, micro * size)
-        return found.hq, found.lq
+        return self._gather(chosen, step, micro * size)
 
     def planned(
         self,
@@ -364,13 +391,21 @@ class Latents:
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
         """Clean and degraded latents that no batch holds, of every kind and shape."""
-        pairs = []
+        return [(batch.hq, batch.lq) for batch in self.held_out_captioned()]
+
+    def held_out_captioned(self) -> list[LatentBatch]:
+        """The same with the texts of the samples."""
+        batches = []
         for kind in self._kinds:
             ids = kind[:HELD_OUT]
             for bucket in np.unique(self.store.bucket_of[ids]):
-                found = self._gather(ids[self.store.bucket_of[ids] == bucket], 0)
-                pairs.append((found.hq, found.lq))
-        return pairs
+                batches.append(self._gather(ids[self.store.bucket_of[ids] == bucket], 0))
+        return batches
+
+    @property
+    def text_width(self) -> int | None:
+        """Channels of the samples' texts; None where none has one."""
+        return self.store.text_width
 
     @property
     def unreadable(self) -> Mapping[int, str]:
@@ -392,6 +427,7 @@ class _Shards:
     def __init__(self, reader: ShardReader):
         self.read: Callable[[int, int], tuple] = reader.read
         self.scale, self.variants, self.buckets = reader.scale, reader.variants, reader.buckets
+        self.text_width = reader.text_width
         self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
         self.unreadable = reader.unreadable
 
@@ -430,7 +466,7 @@ class _PlainFiles:
     def __init__(self, paths: Iterable[Path]):
         self.kinds = [load_file(path) for path in paths]
         counts = [len(kind["hq"]) for kind in self.kinds]
-        self.variants, self.unreadable = 1, {}
+        self.variants, self.unreadable, self.text_width = 1, {}, None
         self.buckets = sorted({Grid(*kind["hq"].shape[2:]) for kind in self.kinds})
         self.kind_of = np.repeat(np.arange(len(counts)), counts)
         of_kind = np.array([self.buckets.index(Grid(*kind["hq"].shape[2:])) for kind in self.kinds])

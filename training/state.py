@@ -67,7 +67,7 @@ class Checkpoints:
         try:
             if self.processes.first:
                 # Left by a crash, or by a run that this one replaces.
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
                 path.mkdir(parents=True)
             self.processes.agree(None)
             options = {"checkpoint_id": path, "process_group": self.processes.saving}
@@ -96,7 +96,7 @@ class Checkpoints:
                 self._complete(path, meta)
         except FAILURES as error:
             if self.processes.first:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             raise CheckpointError(
                 f"{path} could not be saved ({_reason(error)}). The checkpoints before it are whole; "
                 "make room, the next one will be tried as usual."
@@ -109,10 +109,12 @@ class Checkpoints:
     def _complete(self, path: Path, meta: Mapping[str, Any]) -> None:
         write_whole(path / META, json.dumps(meta, indent=1))
         link = self.directory / f".{LATEST}.{os.getpid()}"
+        # In a container the process that was killed here had this number too.
+        link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         link.replace(self.directory / LATEST)
         for old in complete(self.directory)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
     def newest(self) -> Path | None:
         """The last complete checkpoint, the same for all processes."""
@@ -144,6 +146,12 @@ class Checkpoints:
                 )
         _quietly(dcp.load, wanted, checkpoint_id=path, process_group=self.processes.saving)
         return json.loads((path / META).read_text("utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint. From the first moment on it is not complete any more, whenever this is interrupted."""
+    (path / META).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:

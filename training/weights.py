@@ -131,11 +131,16 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
 def dit_config(run: Path) -> DiTConfig:
     """What the transformer of a run was built from."""
     saved = dict(_saved_model(run))
-    windows = dict(saved.pop("windows"))
+    windows = saved.pop("windows")
+    # Runs begun before windows could be fixed do not say.
+    size = windows.get("size")
     return DiTConfig(
         **saved,
         windows=WindowConfig(
-            splits=Grid(*windows["splits"]), train_area=tuple(windows["train_area"]), max_t=windows["max_t"]
+            splits=Grid(*windows["splits"]),
+            train_area=tuple(windows["train_area"]),
+            max_t=windows["max_t"],
+            size=None if size is None else Grid(*size),
         ),
     )
 

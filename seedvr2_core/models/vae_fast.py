@@ -6,7 +6,7 @@ Built from the weights of a `VideoVAE`, which stays the definition. What is diff
   the temporal convolutions look at a frame's predecessors, which they keep in the `CausalState`.
 - The first frame of a clip meets itself under every tap, so the taps are added up beforehand: a third of the work. A
   picture is nothing but a first frame.
-- Two frames, and two rows, at a time share products, see `winograd`.
+- Two frames, and two or four rows, at a time share products, see `winograd`.
 - An upsampler (1x1x1 convolution, channels to space, causal convolution) is one linear map, whose output phases are
   small kernels on the coarse grid. Its state is coarse as well.
 
@@ -72,8 +72,8 @@ class FastOptions:
     block: int = 2
     # Channels from which two frames share products; None: never. Below, the additions cost more than they save.
     winograd_from: int | None = 128
-    # Channels from which two rows share products as well; None: never. In types of 16 bits, to whose rounding every
-    # sharing adds, from twice as many.
+    # Channels from which rows share products as well; None: never. In types of 16 bits, to whose rounding every sharing
+    # adds, from twice as many.
     winograd_rows_from: int | None = 128
     # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
     # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
@@ -141,7 +141,7 @@ class FastVAE:
     def _run(self, steps: Sequence[Step], x: Tensor, state: CausalState, last: bool) -> tuple[Tensor, CausalState]:
         # The first frame of a clip goes alone: what follows comes in pairs.
         parts = [x] if state else x.split([1, x.shape[2] - 1], dim=2)
-        state = state.begin()
+        state = Forgetful() if last and not state and x.shape[2] == 1 else state.begin()
         out: Frames = []
         for part in parts:
             blocks: Iterator[Frames] = ([channels_last(frame)] for frame in part.unbind(2))
@@ -149,6 +149,13 @@ class FastVAE:
                 blocks = flow(step, blocks, state, self.options.block)
             out += [frame for block in blocks for frame in block]
         return torch.stack(out, dim=2), CausalState() if last else state
+
+
+class Forgetful(CausalState):
+    """Of a picture, which nothing follows: its frames are let go of as soon as the next layer has seen them."""
+
+    def __setitem__(self, layer: object, past: object) -> None:
+        pass
 
 
 def flow(step: Step, blocks: Iterable[Frames], state: CausalState, size: int) -> Iterator[Frames]:
@@ -377,9 +384,9 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
     if options.winograd_from is None or c < options.winograd_from:
         return DirectTaps(weight, bias)
     rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
-    # Two rows of the small kernels of an upsampler would share too little.
-    paired_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
-    return WinogradTaps(weight, bias, paired_rows)
+    # Rows of the small kernels of an upsampler would share too little.
+    shared_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
+    return WinogradTaps(weight, bias, shared_rows)
 
 
 class BandedTaps:
@@ -462,8 +469,7 @@ class TemporalDown:
         out: Frames = []
         if self not in state:
             out.append(F.conv2d(padded[0], channels_last(self.weight.sum(2)), self.bias, stride=2))
-            state[self] = [padded.pop(0)]
-        held = [*state[self], *padded]
+        held = [*state.get(self, []), *padded]
         while len(held) >= 3:
             stacked = torch.stack(held[:3], dim=2).contiguous(memory_format=torch.channels_last_3d)
             out.append(F.conv3d(stacked, self.weight, self.bias, stride=2).squeeze(2))

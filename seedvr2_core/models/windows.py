@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import SettingError
 from ..video.geometry import Grid
 
 
@@ -30,17 +31,28 @@ class WindowConfig:
     splits: Grid = Grid(4, 3, 3)  # windows along each axis of a clip of the training area
     train_area: tuple[int, int] = (45, 80)  # tokens; one covers 16 x 16 pixels, so this is 1280 x 720
     max_t: int = 30  # latent frames; a longer clip gets more windows along time, not longer ones
+    # The rule of the first SeedVR, to compare with: every clip is cut into windows of this size, whatever its own.
+    size: Grid | None = None  # tokens; None: adaptive, as everything above says
+
+    def __post_init__(self) -> None:
+        if self.size is not None and min(self.size) < 1:
+            raise SettingError(
+                f"A window of {' x '.join(map(str, self.size))} tokens holds nothing; give at least 1 along time, "
+                "height and width, or none for windows that follow the size of a clip."
+            )
 
 
 def window_size(grid: Grid, config: WindowConfig) -> Grid:
     """Size of a full window.
 
-    A window is as large as it would be if the frame were scaled to the training area at its own aspect ratio. A larger
+    An adaptive window is as large as it would be if the frame were scaled to the training area at its own aspect ratio. A larger
     frame therefore gets more windows, not larger ones, and meets the sizes the model was trained on.
 
     Source: SeedVR2, arXiv 2506.05301, eq. 1 and 2. As in the released model, the scaled sides are rounded to whole
     tokens (ties to even), and frames smaller than the training area are scaled up too.
     """
+    if config.size is not None:
+        return config.size
     scale = math.sqrt(config.train_area[0] * config.train_area[1] / (grid.h * grid.w))
     return Grid(
         math.ceil(min(grid.t, config.max_t) / config.splits.t),

@@ -54,13 +54,13 @@ MAKERS = {"plain": plain, "fast": fast, "direct": direct, "chosen": chosen}
 def encode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     vae = MAKERS[maker](config, dtype, device)
     clip = random((1, 3, *shape), torch.float32, device).tanh().to(dtype)
-    return decided(maker, lambda: posterior(run(vae.encode_slice, clip, 4))[0])
+    return decided(maker, lambda: posterior(run(vae.encode_slice, clip, 4, maker == "plain"))[0])
 
 
 def decode(maker: str, config: VAEConfig, shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     vae = MAKERS[maker](config, dtype, device)
     latent = random((1, config.latent_channels, *latent_grid(*shape)), dtype, device)
-    return decided(maker, lambda: run(vae.decode_slice, latent, 1))
+    return decided(maker, lambda: run(vae.decode_slice, latent, 1, maker == "plain"))
 
 
 @torch.inference_mode()
@@ -71,14 +71,14 @@ def decided(maker: str, call: Call) -> Call:
     return call
 
 
-def run(step: Callable, x: Tensor, length: int) -> Tensor:
-    """Slice by slice, with the state always kept: so the plain one is the literal one, without its shortcut for a
-    lone picture."""
+def run(step: Callable, x: Tensor, length: int, literal: bool) -> Tensor:
+    """Slice by slice; `literal`: the state is always kept, so that the plain one takes no shortcut for a picture."""
     state, out = CausalState(), []
-    for part in [x[:, :, : 1 + length], *x[:, :, 1 + length :].split(length, dim=2)]:
-        if part.shape[2]:
-            y, state = step(part, state)
-            out.append(y)
+    parts = [x[:, :, : 1 + length], *x[:, :, 1 + length :].split(length, dim=2)]
+    parts = [part for part in parts if part.shape[2]]
+    for part in parts:
+        y, state = step(part, state, last=part is parts[-1] and not literal)
+        out.append(y)
     return torch.cat(out, dim=2)
 
 

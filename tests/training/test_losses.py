@@ -42,13 +42,21 @@ def test_non_saturating_values():
 
 
 @pytest.mark.parametrize("d_loss, g_loss", [
-    (losses.relativistic_d, losses.relativistic_g), (losses.non_saturating_d, losses.non_saturating_g)
-], ids=["rp", "ns"])  # fmt: skip
+    (losses.relativistic_d, losses.relativistic_g), (losses.non_saturating_d, losses.non_saturating_g),
+    (losses.hinge_d, losses.hinge_g),
+], ids=["rp", "ns", "hinge"])  # fmt: skip
 def test_the_discriminator_wants_real_above_restored_and_the_generator_the_reverse(d_loss, g_loss):
     r, f = logits(0.3, -0.1).requires_grad_(), logits(0.2, 0.4).requires_grad_()
     d_r, d_f = torch.autograd.grad(d_loss(r, f), (r, f))
     assert (d_r < 0).all() and (d_f > 0).all()
     assert (torch.autograd.grad(g_loss(r, f), f)[0] < 0).all()
+
+
+def test_the_hinge_asks_for_a_margin_of_1_and_no_more():
+    assert losses.hinge_d(logits(0.0, 0.0), logits(0.0, 0.0)).item() == 2
+    assert losses.hinge_d(logits(1.0, 4.0), logits(-1.0, -9.0)).item() == 0
+    assert losses.hinge_d(logits(0.0, 3.0), logits(-1.0, 1.0)).item() == pytest.approx(0.5 + 1.0)
+    assert losses.hinge_g(logits(5.0, 5.0), logits(-1.0, 3.0)).item() == -1
 
 
 @pytest.fixture
@@ -106,3 +114,22 @@ def test_flow_matching_is_zero_for_noise_minus_data():
 
 def test_l1_is_a_mean_over_everything():
     assert losses.l1(torch.zeros(2, 3), torch.tensor([[1.0, -1, 1], [0, 0, 0]])).item() == 0.5
+
+
+def test_the_gradient_ratio_makes_two_losses_pull_alike():
+    weight = torch.randn(6, requires_grad=True)
+    a, b = (3 * weight).sum(), (weight * torch.tensor([2.0, 0, 0, 0, 0, 0])).sum()
+    ratio = losses.gradient_ratio(a, b, weight)
+    assert ratio.item() == pytest.approx(3 * math.sqrt(6) / 2, rel=1e-3)
+    assert not ratio.requires_grad
+    assert losses.gradient_ratio(1e9 * a, b, weight).item() == pytest.approx(1e4)
+    # The graphs are still there.
+    (a + b).backward()
+
+
+def test_the_high_frequency_ratio_is_of_energies_and_ignores_what_is_smooth():
+    real = torch.randn(2, 3, 5, 16, 16)
+    assert losses.high_frequency_ratio(real, real).item() == pytest.approx(1)
+    assert losses.high_frequency_ratio(0.5 * real + 0.3, real).item() == pytest.approx(0.25, rel=1e-4)
+    blurred = nn.functional.avg_pool3d(real, (1, 3, 3), stride=1, padding=(0, 1, 1))
+    assert losses.high_frequency_ratio(blurred, real).item() < 0.2

@@ -11,8 +11,9 @@ from seedvr2_core.diffusion.schedule import interpolate, velocity
 from seedvr2_core.errors import CheckpointError
 from training import loop, pretrain
 from training.config import OptimConfig, RunConfig
-from training.pretrain import HELD_OUT, Latents, Pretraining, PretrainStage, noised_condition
+from training.pretrain import Pretraining, PretrainStage, noised_condition
 from training.restorer import Restorer
+from training.shards import HELD_OUT, Latents
 
 OPTIM = OptimConfig(lr=3e-3, final_lr=1e-3, warmup=2, weight_decay=0.0)
 

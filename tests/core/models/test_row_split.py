@@ -40,7 +40,7 @@ def one_process(rank: int, size: int, folder: str) -> None:
     )  # fmt: skip
     split = RowSplit.of_world()
     clip = make_clip()
-    fast = FastVAE(make_vae(), FastOptions(split=split, winograd_from=16, band=60))
+    fast = FastVAE(make_vae(), FastOptions(split=split, winograd_from=8, winograd_rows_from=16, band=60))
     part = clip[:, :, :, split.rows(clip.shape[3], 8)]
     state, moments = CausalState(), []
     for piece in part.split([1, 4, 4], dim=2):
