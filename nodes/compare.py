@@ -37,7 +37,7 @@ class Compare(io.ComfyNode):
                     "temporal profile: one row of every frame, frame below frame, before and after.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images")],
+            outputs=[io.Image.Output(display_name="images", tooltip="One for every frame; one for all as a profile.")],
         )
 
     @classmethod

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..seedvr2_core.pipeline import Settings
 from ..seedvr2_core.video.color import COLOR_METHODS
 from ..seedvr2_core.video.geometry import MAX_SIDE, Target
 from .host import io
+from .models import AUTO, PRECISIONS, ModelSocket, VAESocket
+from .options import OptionsSocket
 
 VIDEO, IMAGES = "video", "independent images"
 
@@ -18,6 +22,11 @@ def frames_are() -> io.Combo.Input:
         tooltip="video: frames of one clip, treated together so that nothing flickers. independent images: pictures "
         "that have nothing to do with each other.",
     )
+
+
+def clips(images: Tensor, frames_are: str) -> list[Tensor]:
+    """Images T H W c in clips that are treated together, as the input `frames_are` says."""
+    return [images] if frames_are == VIDEO else list(images.split(1))
 
 
 def size() -> io.DynamicCombo.Input:
@@ -90,3 +99,26 @@ def strength() -> io.Float.Input:
         display_mode=io.NumberDisplay.slider,
         tooltip="1: what the model restores. Less mixes in the enlarged source: more faithful, less crisp.",
     )
+
+
+def precision() -> io.Combo.Input:
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default=AUTO,
+        advanced=True,
+        tooltip="What it computes in. auto: bf16 where the hardware is fast in it, else fp32. In fp16 the transformer "
+        "may overflow to black frames.",
+    )
+
+
+def model() -> ModelSocket.Input:
+    return ModelSocket.Input("model", tooltip="From Load SeedVR2 Model.")
+
+
+def vae() -> VAESocket.Input:
+    return VAESocket.Input("vae", tooltip="From Load SeedVR2 VAE.")
+
+
+def options() -> OptionsSocket.Input:
+    return OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from ..seedvr2_core.attention import ATTENTION_NAMES
 from ..seedvr2_core.device import pick_dtype
-from . import host
+from . import host, inputs
 from .host import io
 from .models import (
     AUTO,
     DITS,
     NANO,
-    PRECISIONS,
     PUBLISHED_VAE,
     Fetching,
     ModelSocket,
@@ -43,14 +42,7 @@ class LoadModel(io.ComfyNode):
                     "more detail; seedvr-3b and seedvr-7b are the older ones, which take many steps. Your own files "
                     "follow.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default=AUTO,
-                    advanced=True,
-                    tooltip="What the transformer computes in. auto: bf16 where the hardware is fast in it, else fp32. "
-                    "fp16 may overflow to black frames.",
-                ),
+                inputs.precision(),
                 io.Combo.Input(
                     "attention",
                     options=list(ATTENTION_NAMES),
@@ -63,10 +55,10 @@ class LoadModel(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="Compile the transformer with torch.compile: minutes of work for the first clip of a "
-                    "size. What it gains has not been measured yet.",
+                    "size. It gains nothing on a CPU; what it gains on a GPU has not been measured yet.",
                 ),
             ],
-            outputs=[ModelSocket.Output(display_name="model")],
+            outputs=[ModelSocket.Output(display_name="model", tooltip="For the nodes that restore.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -98,15 +90,9 @@ class LoadVAE(io.ComfyNode):
                     tooltip="auto: the published one if it is on this machine, else nano's. vae: the published one of "
                     "3b and 7b (0.5 GB), fetched when it is missing. nano: the one of the demonstration model.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default=AUTO,
-                    advanced=True,
-                    tooltip="What the autoencoder computes in. auto: bf16 where the hardware is fast in it, else fp32.",
-                ),
+                inputs.precision(),
             ],
-            outputs=[VAESocket.Output(display_name="vae")],
+            outputs=[VAESocket.Output(display_name="vae", tooltip="For the nodes that encode, decode or restore.")],
             hidden=[io.Hidden.unique_id],
         )
 

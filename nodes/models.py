@@ -14,8 +14,9 @@ from ..seedvr2_core.checkpoints.download import download
 from ..seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
 from ..seedvr2_core.checkpoints.published import MODELS
 from ..seedvr2_core.device import DTYPES, pick_dtype
-from ..seedvr2_core.errors import CheckpointError
+from ..seedvr2_core.errors import CheckpointError, SettingError
 from ..seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
+from ..seedvr2_core.models.linear import pack
 from ..seedvr2_core.models.vae_fast import FastVAE
 from ..seedvr2_core.pipeline import Models, Settings, fast_options, plan_clip
 from . import host
@@ -47,7 +48,6 @@ class LoadedVAE:
     """An autoencoder in ComfyUI's care."""
 
     patcher: host.ModelPatcher
-    dtype: torch.dtype
     path: Path
 
 
@@ -56,20 +56,45 @@ VAESocket = io.Custom("SVR2_VAE")
 
 
 def load_model(path: Path, precision: str = AUTO, attention: str = AUTO, compile: bool = False) -> LoadedModel:
-    """Load a transformer into ComfyUI's care."""
+    """Load a transformer into ComfyUI's care.
+
+    Raises:
+        CheckpointError: the file is damaged or something else.
+        SettingError: it shall be compiled, which this machine cannot do.
+    """
+    if compile:
+        check_compiler()
     dtype = pick_dtype(precision, host.device())
     prompts = load_prompts(path)
-    # Weights stay plain: ComfyUI may move them at any time.
     dit = load_dit(path, dtype, host.offload_device())
     if compile:
         for block in dit.blocks:
             block.compile()
+    elif stays():
+        pack(dit)
     return LoadedModel(host.managed(dit), prompts, dtype, attention, inspect(path).label, path)
+
+
+def check_compiler() -> None:
+    """Raises SettingError where torch cannot compile for the device, before a large model is loaded for it."""
+    try:
+        torch.compile(torch.square)(torch.ones(8, device=host.device()))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError(
+            f"torch.compile cannot run on this machine ({reason.strip().rstrip('.')}); turn off `compile`, or install "
+            "a C++ compiler, and Triton for a GPU."
+        ) from error
+
+
+def stays() -> bool:
+    """Whether models stay where they were loaded, so that weights may be packed; else ComfyUI moves them as it likes."""
+    return host.device().type == "cpu"
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype) -> LoadedVAE:
     """Load an autoencoder into ComfyUI's care."""
-    return LoadedVAE(host.managed(load_vae(path, dtype, host.offload_device())), dtype, path)
+    return LoadedVAE(host.managed(load_vae(path, dtype, host.offload_device())), path)
 
 
 def ready(
@@ -80,15 +105,16 @@ def ready(
     Raises:
         SettingError: there is not enough memory, whatever ComfyUI could put elsewhere.
     """
-    device, models = host.device(), _models(model, vae)
-    on_cpu = device.type == "cpu"  # where nothing has to move
-    budget = None if on_cpu else host.free_bytes()
-    plan = plan_clip(models, settings, size, frames, device=device, budget=budget)
+    models = _models(model, vae)
+    if stays():
+        plan_clip(models, settings, size, frames)  # refused before anything is done
+        return models
+    plan = plan_clip(models, settings, size, frames, device=host.device(), budget=host.free_bytes())
     loaded = [part for part in (model, vae) if part is not None]
     # Blocks that take turns on the device are not ComfyUI's to move.
     staying = [part.patcher for part in loaded if part is vae or not plan.streamed]
     host.load(staying, plan.peak - plan.weights)
-    return models if on_cpu else _models(model, vae)
+    return _models(model, vae)
 
 
 def _models(model: LoadedModel | None, vae: LoadedVAE | None) -> Models:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from ..seedvr2_core.pipeline import Settings
 from .host import io
 
 GIB = 1 << 30
@@ -18,6 +20,12 @@ class Options:
 
 
 OptionsSocket = io.Custom("SVR2_OPTIONS")
+
+
+def settings_of(options: Options | None, **choices: Any) -> Settings:
+    """What a restoration shall be like, within the bounds of these options."""
+    options = options or Options()
+    return Settings(chunk=options.chunk, memory_limit=options.memory_limit, **choices)
 
 
 class MemoryAndSpeed(io.ComfyNode):
@@ -47,11 +55,9 @@ class MemoryAndSpeed(io.ComfyNode):
                     "the picture. 0: as many as fit, up to 125. Nothing jumps between such chunks, they are blended.",
                 ),
             ],
-            outputs=[OptionsSocket.Output(display_name="options")],
+            outputs=[OptionsSocket.Output(display_name="options", tooltip="For every node that restores.")],
         )
 
     @classmethod
     def execute(cls, memory_limit: float, frames_at_once: int) -> io.NodeOutput:
-        return io.NodeOutput(
-            Options(memory_limit=int(memory_limit * GIB) or None, chunk=frames_at_once or None)
-        )
+        return io.NodeOutput(Options(memory_limit=int(memory_limit * GIB) or None, chunk=frames_at_once or None))

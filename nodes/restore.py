@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..seedvr2_core.errors import MediaError
-from ..seedvr2_core.pipeline import Settings, restore_file, stream
+from ..seedvr2_core.pipeline import restore_file, stream
 from ..seedvr2_core.video.files import probe
 from . import host, inputs
 from .host import Input, InputImpl, io
@@ -21,7 +21,7 @@ from .models import (
     ready,
     vae_of,
 )
-from .options import Options, OptionsSocket
+from .options import Options, settings_of
 from .progress import Shown
 
 # What Load Image gives for a picture without alpha: nothing masked, in this size.
@@ -45,7 +45,10 @@ class RestoreFrames(io.ComfyNode):
                 *_common_inputs(),
                 io.Mask.Input("mask", optional=True, tooltip="Enlarged along, with edges that follow the result."),
             ],
-            outputs=[io.Image.Output(display_name="images"), io.Mask.Output(display_name="mask")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="As many as went in, in the chosen size."),
+                io.Mask.Output(display_name="mask", tooltip="The enlarged mask or alpha channel; empty without one."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -65,8 +68,10 @@ class RestoreFrames(io.ComfyNode):
     ) -> io.NodeOutput:
         frames = with_alpha(images, mask)
         model, vae = best(model, vae)
-        settings = settings_of(model, size, seed, color, strength, options)
-        clips = [frames] if frames_are == inputs.VIDEO else list(frames.split(1))
+        settings = settings_of(
+            options, target=inputs.target(size), seed=seed, color=color, strength=strength, attention=model.attention
+        )
+        clips = inputs.clips(frames, frames_are)
         progress = host.Progress(cls.hidden.unique_id)
         rows, columns = settings.target.size(*frames.shape[1:3])
         models = ready(model, vae, settings, (rows, columns), len(clips[0]))
@@ -98,15 +103,23 @@ class RestoreVideo(io.ComfyNode):
                 io.String.Input(
                     "path",
                     default="",
-                    optional=True,
                     tooltip="Instead of a video: a file of any size on the machine of ComfyUI, or a folder of numbered "
                     "images. Without a folder in front it is looked for in ComfyUI's input folder.",
                 ),
                 *_common_inputs(),
                 io.String.Input("filename_prefix", default="video/SeedVR2", tooltip="Name in the output folder."),
-                io.Combo.Input("format", options=list(FORMATS), default=FORMATS[0], advanced=True),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=FORMATS[0],
+                    advanced=True,
+                    tooltip="The kind of file. mkv takes every kind of sound and subtitles.",
+                ),
             ],
-            outputs=[io.Video.Output(display_name="video"), io.String.Output(display_name="path")],
+            outputs=[
+                io.Video.Output(display_name="video", tooltip="The file that was saved."),
+                io.String.Output(display_name="path", tooltip="Where it was saved."),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -114,6 +127,7 @@ class RestoreVideo(io.ComfyNode):
     @classmethod
     def execute(
         cls,
+        path: str,
         size: dict,
         seed: int,
         color: str,
@@ -121,13 +135,14 @@ class RestoreVideo(io.ComfyNode):
         filename_prefix: str,
         format: str,
         video: Input.Video | None = None,
-        path: str = "",
         model: LoadedModel | None = None,
         vae: LoadedVAE | None = None,
         options: Options | None = None,
     ) -> io.NodeOutput:
         model, vae = best(model, vae)
-        settings = settings_of(model, size, seed, color, strength, options)
+        settings = settings_of(
+            options, target=inputs.target(size), seed=seed, color=color, strength=strength, attention=model.attention
+        )
         with host.source_file(video, path) as source:
             info = probe(source)
             suffix = (source.suffix.lower() or ".mp4") if format == FORMATS[0] else f".{format}"
@@ -141,7 +156,7 @@ class RestoreVideo(io.ComfyNode):
         return io.NodeOutput(InputImpl.VideoFromFile(str(saved.path)), str(saved.path), ui=saved.preview)
 
     @classmethod
-    def fingerprint_inputs(cls, path: str = "", **others: object) -> object:
+    def fingerprint_inputs(cls, path: str, **others: object) -> object:
         return host.file_stamp(path)
 
 
@@ -155,23 +170,8 @@ def _common_inputs() -> list[io.Input]:
             "model", optional=True, tooltip="Without one, the best on this machine is loaded for this run."
         ),
         VAESocket.Input("vae", optional=True, tooltip="Without one, the one that belongs to the model."),
-        OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed."),
+        inputs.options(),
     ]
-
-
-def settings_of(
-    model: LoadedModel, size: dict, seed: int, color: str, strength: float, options: Options | None
-) -> Settings:
-    options = options or Options()
-    return Settings(
-        target=inputs.target(size),
-        seed=seed,
-        color=color,
-        strength=strength,
-        attention=model.attention,
-        chunk=options.chunk,
-        memory_limit=options.memory_limit,
-    )
 
 
 def best(model: LoadedModel | None, vae: LoadedVAE | None) -> tuple[LoadedModel, LoadedVAE]:

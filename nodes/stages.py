@@ -11,7 +11,7 @@ from torch import Tensor
 from ..seedvr2_core.errors import MediaError
 from ..seedvr2_core.models.tiling import TiledVAE
 from ..seedvr2_core.models.windows import WindowConfig
-from ..seedvr2_core.pipeline import Settings, decode, encode, pixel_size, restore_latent
+from ..seedvr2_core.pipeline import decode, encode, pixel_size, restore_latent
 from ..seedvr2_core.video.color import ColorTransfer
 from ..seedvr2_core.video.geometry import (
     CLIP_MULTIPLE,
@@ -25,8 +25,8 @@ from ..seedvr2_core.video.geometry import (
 )
 from . import host, inputs
 from .host import io
-from .models import LoadedModel, LoadedVAE, ModelSocket, VAESocket, ready
-from .options import Options, OptionsSocket
+from .models import LoadedModel, LoadedVAE, ready
+from .options import Options, settings_of
 from .progress import Shown
 
 # Under this name a latent carries what its shape does not tell: the frames T, height H and width W that it was made
@@ -45,12 +45,12 @@ class Encode(io.ComfyNode):
             search_aliases=["seedvr", "seedvr2", "video vae encode"],
             inputs=[
                 io.Image.Input("images", tooltip="Any number and size; padding is added and taken away unseen."),
-                VAESocket.Input("vae"),
+                inputs.vae(),
                 inputs.frames_are(),
                 inputs.size(),
-                OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed."),
+                inputs.options(),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="What Restore Latent starts from.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -60,7 +60,7 @@ class Encode(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = settings_of(options, target=inputs.target(size))
         height, width = settings.target.size(*images.shape[1:3])
-        clips = [images] if frames_are == inputs.VIDEO else list(images.split(1))
+        clips = inputs.clips(images, frames_are)
         models = ready(None, vae, settings, (height, width), len(clips[0]))
         latents = each(cls, "encode", clips, lambda clip, show: encode(clip[..., :3], models, settings, show))
         origin = {"frames": len(clips[0]), "height": height, "width": width}
@@ -78,7 +78,7 @@ class RestoreLatent(io.ComfyNode):
             search_aliases=["seedvr", "seedvr2", "sampler", "one step", "adaptive window"],
             inputs=[
                 io.Latent.Input("latent", tooltip="From SeedVR2 VAE Encode."),
-                ModelSocket.Input("model"),
+                inputs.model(),
                 inputs.seed(),
                 io.Int.Input("steps", default=1, min=1, max=200, tooltip="1 for SeedVR2; the older SeedVR takes 50."),
                 io.Float.Input(
@@ -115,9 +115,9 @@ class RestoreLatent(io.ComfyNode):
                     tooltip="How large the windows are in which tokens see each other. Larger frames get more windows, "
                     "not larger ones, so that the model meets the sizes it knows.",
                 ),
-                OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed."),
+                inputs.options(),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The clean latent, as large.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -158,8 +158,8 @@ class Decode(io.ComfyNode):
             description="Decodes a latent into as many frames as were encoded, in their size.",
             search_aliases=["seedvr", "seedvr2", "video vae decode", "tiled"],
             inputs=[
-                io.Latent.Input("latent"),
-                VAESocket.Input("vae"),
+                io.Latent.Input("latent", tooltip="From SeedVR2 Restore Latent."),
+                inputs.vae(),
                 io.DynamicCombo.Input(
                     "tiling",
                     options=[
@@ -172,9 +172,9 @@ class Decode(io.ComfyNode):
                     tooltip="exact: whole frames, in bands where they are large, without any seam. blended tiles: as "
                     "other nodes do it; colours of tiles may differ a little.",
                 ),
-                OptionsSocket.Input("options", optional=True, tooltip="From SeedVR2 Memory & Speed."),
+                inputs.options(),
             ],
-            outputs=[io.Image.Output(display_name="images")],
+            outputs=[io.Image.Output(display_name="images", tooltip="As many and as large as were encoded.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -217,7 +217,7 @@ class ColorFix(io.ComfyNode):
                 inputs.color(),
                 inputs.strength(),
             ],
-            outputs=[io.Image.Output(display_name="images")],
+            outputs=[io.Image.Output(display_name="images", tooltip="In the colours of the source.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -236,11 +236,6 @@ class ColorFix(io.ComfyNode):
             if frames_are == inputs.IMAGES:
                 transfer = ColorTransfer(color)
         return io.NodeOutput(fixed)
-
-
-def settings_of(options: Options | None, **others: object) -> Settings:
-    options = options or Options()
-    return Settings(chunk=options.chunk, memory_limit=options.memory_limit, **others)
 
 
 def window_config(windows: dict) -> WindowConfig | None:

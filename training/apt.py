@@ -388,6 +388,11 @@ def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workloa
         copied = x.repeat(count, 1, 1, 1, 1)
         return discriminator(copied, copied, prompts * count, u.repeat(count)).logits.sum()
 
+    def generate() -> Tensor:
+        # The discriminator is frozen in this half and keeps what leads to the sample; that is all but nothing less.
+        restored = generator.velocity(x, x, u)
+        return discriminator(restored, x, prompts, u).logits.sum()
+
     def assists() -> None:
         generator.velocity(x, x, u)
         if copies == 1:
@@ -400,6 +405,7 @@ def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workloa
         forward=lambda: judge(copies),
         assists=assists,
         samples=size,
+        others=(generate,),
     )
 
 

@@ -3,6 +3,9 @@
 A source is decoded once and kept as uint8, in memory or as a memory-mapped file that worker processes share, or decoded
 anew for every crop where neither has room. Clips are split where they cut to another shot. Which crop lands in which
 batch is a pure function of (seed, step, slot), so nothing about the data needs saving for a resume.
+
+`python -m training.data filter --data DIR` looks at everything in a folder and writes DIR/filter.jsonl, which says what
+is good enough to train on; where it lies, the rest is left out. See `training.filter`.
 """
 # b batch   T H W pixel frames, height, width   c channels   s side of a square crop
 
@@ -14,6 +17,7 @@ import logging
 import operator
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +53,10 @@ NOT_FOR_TRAINING = ("eval", "lq")
 EXCLUDED_STEMS = ("speaker_portrait_540x960",)
 # Windows tried for a crop; the one with most detail is kept, because much of a photograph is sky or out of focus.
 LOOKS = 2
+# What `training.filter` writes into a data folder.
+FILTER_FILE = "filter.jsonl"
+# What decoders raise on damaged files; Pillow's are not all of one kind.
+DAMAGES = (OSError, IndexError, SyntaxError, ValueError, Image.DecompressionBombError, av.FFmpegError)
 # Share of sources that may be unreadable, one in any case: more is no accident, and training on the rest would hide it.
 UNREADABLE_SHARE = 0.001
 
@@ -93,7 +101,7 @@ def decode(path: Path) -> np.ndarray:
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, IndexError, av.FFmpegError) as error:
+    except DAMAGES as error:
         raise MediaError(f"{path.name} cannot be decoded ({error}). Replace it or leave it out.") from error
     if not frames:
         raise MediaError(f"{path.name} holds no video frame. Replace it or leave it out.")
@@ -143,6 +151,28 @@ def list_sources(root: Path, excluded: Sequence[str] = ()) -> tuple[list[Path], 
     return images, clips
 
 
+def left_out(root: Path) -> set[str] | None:
+    """The sources, by their paths under root, that its filter refuses; None where there is no filter.
+
+    Raises:
+        MediaError: the filter's table cannot be read.
+    """
+    table = Path(root) / FILTER_FILE
+    if not table.exists():
+        return None
+    try:
+        rows = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+        return {row["source"] for row in rows if row["fails"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(f"{table} is no table of training.data filter ({error!r}); remove it or make it again."
+                         ) from error
+
+
+def source_name(path: Path, root: Path | None) -> str:
+    """What a source is called everywhere: its path under the data folder."""
+    return path.name if root is None else path.relative_to(root).as_posix()
+
+
 def _is_clip(folder: Path, pictures: Sequence[Path]) -> bool:
     if len(pictures) < 2:
         return False
@@ -170,13 +200,14 @@ Source = np.ndarray | LazyClip
 class Loader:
     """Reads sources, keeps what it has decoded, and counts what it could not read."""
 
-    def __init__(self, cache_dir: Path | None, keep_clips: bool = True):
-        self.cache_dir, self.keep_clips = cache_dir, keep_clips
+    def __init__(self, cache_dir: Path | None, keep_clips: bool = True, root: Path | None = None):
+        """`root` is the data folder, under which sources have their names."""
+        self.cache_dir, self.keep_clips, self.root = cache_dir, keep_clips, root
         self.unreadable: dict[Path, str] = {}  # and why
 
     def images(self, paths: Sequence[Path]) -> dict[str, Source]:
         """Name -> picture; one that cannot be read is left out."""
-        return {_name(path): frames for path in paths if (frames := self._read(path)) is not None}
+        return {self._name(path): frames for path in paths if (frames := self._read(path)) is not None}
 
     def clips(self, paths: Sequence[Path]) -> dict[str, Source]:
         """Name -> shot, of every shot of every clip; one that cannot be read is left out."""
@@ -191,7 +222,7 @@ class Loader:
             starts = [0, *cuts]
             for number, (start, shot) in enumerate(zip(starts, split_shots(frames, cuts), strict=True)):
                 kept = shot if self.keep_clips else LazyClip(path, start, shot.shape)
-                shots[f"{_name(path)}#{number}" if cuts else _name(path)] = kept
+                shots[f"{self._name(path)}#{number}" if cuts else self._name(path)] = kept
         return shots
 
     def check(self, total: int) -> None:
@@ -214,6 +245,9 @@ class Loader:
             self.unreadable[path] = str(error)
             return None
 
+    def _name(self, path: Path) -> str:
+        return source_name(path, self.root)
+
     def _cuts(self, path: Path, frames: np.ndarray) -> list[int]:
         if self.cache_dir is None:
             return scene_cuts(frames)
@@ -230,10 +264,6 @@ class Loader:
         about = path.stat()
         version = hashlib.sha256(f"{path.resolve()}/{about.st_size}/{about.st_mtime_ns}".encode()).hexdigest()[:12]
         return self.cache_dir / f"{path.parent.name}-{path.name}-{version}{suffix}"
-
-
-def _name(path: Path) -> str:
-    return "/".join(path.parts[-3:])
 
 
 def _cached(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -283,7 +313,8 @@ class Dataset:
     def load(cls, root: Path | None, config: DataConfig | None = None, cache_dir: Path | None = None) -> Dataset:
         """Decode the photographs and clips of a folder, see `list_sources`, and draw the procedural pictures.
 
-        A file that cannot be read is left out with a warning, and counted; more than a few are refused.
+        What the folder's filter refuses is left out, see `left_out`, and so is, with a warning, a file that cannot be
+        read; more than a few such are refused.
 
         Args:
             root: the data folder; None for procedural pictures alone.
@@ -295,11 +326,18 @@ class Dataset:
             MediaError: root holds no training media, or too many that cannot be decoded.
         """
         config = config or DataConfig()
-        loader = Loader(cache_dir, config.keep_clips)
+        root = None if root is None else Path(root)
+        loader = Loader(cache_dir, config.keep_clips, root)
         images: dict[str, Source] = {}
         clips: dict[str, Source] = {}
         if root is not None:
-            pictures, films = list_sources(Path(root), config.excluded)
+            pictures, films = list_sources(root, config.excluded)
+            refused = left_out(root)
+            if refused is not None:
+                found = len(pictures) + len(films)
+                pictures, films = ([p for p in paths if source_name(p, root) not in refused]
+                                   for paths in (pictures, films))  # fmt: skip
+                log.info("%s leaves %d of %d sources.", FILTER_FILE, len(pictures) + len(films), found)
             images, clips = loader.images(pictures), loader.clips(films)
             loader.check(len(pictures) + len(films))
             if not images and not clips:
@@ -449,3 +487,9 @@ def _pick(sources: Sequence[Source], draw: np.random.Generator, frames: int, siz
             "choose a smaller crop, a shorter clip or larger data."
         )
     return fit[draw.integers(len(fit))]
+
+
+if __name__ == "__main__":
+    from training.filter import main  # it builds on this file
+
+    sys.exit(main())

@@ -1,28 +1,36 @@
 """What a stage will cost, before it starts. `python -m training.doctor pretrain --config 3b`
 
 Parameters are counted on modules without memory. Activations and operations are counted, not guessed: one micro-batch
-runs through the same code on the meta device, where tensors have shapes but no values.
+runs forwards and backwards through the same code on the meta device, where tensors have shapes but no values, and every
+tensor is followed from its birth to its end.
 
 Printed are bytes of weights, gradients, optimiser and averages for one process, of what one micro-batch keeps for the
-backward pass, and the operations of a step. After that the stage makes two steps on made-up data, if the machine can
-hold it.
+backward pass, of all that is there at the fullest moment, and the operations of a step. After that the stage makes two
+steps on made-up data, if the machine can hold it, and says how much memory they really took.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib
 import resource
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from seedvr2_core.device import free_bytes
@@ -39,9 +47,6 @@ GIB = 2**30
 STATUS = Path("/proc/self/status")
 # Bytes of optimiser state a parameter, in fp32.
 OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
-# Tensors of the largest kind that a backward pass holds at once: gradients of inputs and outputs and, in convolutions
-# on a CPU, both again in another layout. Measured on nano: 8 of its autoencoder, 3 of its transformer.
-SCRATCH = 8
 # A backward pass does twice the operations of the forward pass; with recomputation the forward pass runs once more.
 BACKWARD = 2
 # Latent t h w that a restorer is costed on: the 192 x 192 pictures of nano. Others are given in its place.
@@ -59,6 +64,8 @@ class Workload:
     forward: Callable[[], Tensor]  # one micro-batch, up to its loss, with gradients
     assists: Callable[[], object]  # passes without gradients that go with it
     samples: int  # of a micro-batch
+    # The same for the other modules, each in its own half of a step; only their memory is counted, not what they do.
+    others: tuple[Callable[[], Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,16 @@ class Cost:
 
     parameters: Mapping[str, int]
     states: int  # weights, gradients, optimiser, averages
+    gradients: int  # of these: what is there only between two halves of a step
     helpers: int
     activations: int  # kept for the backward pass
-    workspace: int  # of the layer that is being computed
+    peak: int  # most that a step takes beside weights, optimiser and averages: activations, gradients, temporaries
     flops: int
     samples: int
 
     @property
     def total(self) -> int:
-        return self.states + self.helpers + self.activations + self.workspace
+        return self.states - self.gradients + self.helpers + self.peak
 
 
 def of_restorer(config: Any, sample: tuple[int, int, int] | None = None) -> Workload:
@@ -108,21 +116,6 @@ def of_distillation(config: Any, sample: tuple[int, int, int] | None = None) -> 
     )
 
 
-def of_autoencoder(config: Any) -> Workload:
-    """Encode and decode the largest of the crops."""
-    vae = on_meta(lambda: VideoVAE(config.model))
-    vae.encoder.requires_grad_(not config.freeze_encoder)
-    crops = largest(config.crops)
-    clip = torch.empty(crops.batch, 3, crops.frames, crops.size, crops.size, device="meta")
-
-    def forward() -> Tensor:
-        mean, std = posterior(vae.encode(clip, None))
-        restored = vae.decode(mean + std * mean, None)
-        return (restored - clip).abs().mean() + losses.spectral(restored, clip) + losses.kl(mean, std)
-
-    return Workload({"g": (vae, config.optim)}, {}, forward, lambda: None, crops.batch)
-
-
 def largest(crops: Sequence[Any]) -> Any:
     """The crops of most pixels."""
     return max(crops, key=lambda kind: kind.batch * kind.frames * kind.size**2)
@@ -140,36 +133,34 @@ def measure(config: Any, workload: Workload) -> Cost:
     arrange(workload, Layers(recompute=parallel.activation_checkpoint))
     shards = (parallel.shard or 1) * parallel.sp
     half = parallel.precision == "bf16"
-    states = 0
-    for module, optim in trained:
-        for parameter in module.parameters():
-            extra = 4 + OPTIMIZER_BYTES[optim.kind] if parameter.requires_grad else 0
-            states += parameter.numel() * (4 + extra)
-    averaged = trained[-1][0]
+    learning = {name: count(module, learns=True) for name, (module, _) in workload.trained.items()}
+    states = sum(4 * count(module) for module, _ in trained)
+    states += sum((4 + OPTIMIZER_BYTES[optim.kind]) * learning[name] for name, (_, optim) in workload.trained.items())
     if config.run.ema_device == "same":
-        states += 4 * count(averaged)
-    helpers = sum(count(module) for module in workload.helpers.values()) * (2 if half else 4)
+        states += 4 * list(learning.values())[-1]
+    helpers = sum(stored_bytes(module, half) for module in workload.helpers.values())
     with FlopCounterMode(display=False) as counter:
-        saved = saved_sizes(workload.forward)
+        workload.forward()
         forward = counter.get_total_flops()
         with torch.no_grad():
             workload.assists()
         assists = counter.get_total_flops() - forward
     scale = (0.5 if half else 1.0) / parallel.sp
-    scratch = SCRATCH * max(saved, default=0)
-    if parallel.activation_checkpoint:
-        # The layer that is being recomputed has all its activations, once.
-        arrange(workload, Layers())
-        scratch += (saved_bytes(workload.forward) - sum(saved)) / max(1, sum(layers(m) for m, _ in trained))
+    modules = [module for module, _ in trained]
+    halves = [followed(run, modules, config.run.micro_batches > 1) for run in (workload.forward, *workload.others)]
+    peak = max(followed_half.peak(scale, 1 / shards) for followed_half in halves)
+    if half or shards > 1:
+        peak += layer_bytes(modules) // (2 if half else 1)
     return Cost(
         parameters={
             **{name: count(module) for name, (module, _) in workload.trained.items()},
             **{name: count(module) for name, module in workload.helpers.items()},
         },
         states=states // shards,
+        gradients=4 * sum(learning.values()) // shards,
         helpers=helpers // shards,
-        activations=int(sum(saved) * scale),
-        workspace=int(scratch * scale) + max(layer_bytes(module) for module, _ in trained),
+        activations=int(halves[0].kept * scale),
+        peak=int(peak),
         flops=forward * (1 + BACKWARD + parallel.activation_checkpoint) + assists,
         samples=workload.samples,
     )
@@ -182,123 +173,209 @@ def arrange(workload: Workload, layers: Layers) -> None:
                 part.layers = layers
 
 
-def layers(module: nn.Module) -> int:
-    return sum(isinstance(part, Block) for part in module.modules())
+def count(module: nn.Module, learns: bool = False) -> int:
+    """Parameters; with `learns` those that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not learns)
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def stored_bytes(module: nn.Module, half: bool) -> int:
+    """Of a module that is only read, in its own types; where the run is in bf16 its fp32 weights are too."""
+    return sum(
+        tensor.numel() * (2 if half and tensor.dtype == torch.float32 else tensor.element_size())
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
-def layer_bytes(module: nn.Module) -> int:
-    """Weights of the largest layer: what a sharded module gathers, two layers at a time."""
-    layers = [count(part) for part in module.modules() if isinstance(part, Block)]
+def layer_bytes(modules: Sequence[nn.Module]) -> int:
+    """fp32 weights of the two largest neighbouring layers: what a sharded module gathers at a time."""
+    layers = [count(part) for module in modules for part in module.modules() if isinstance(part, Block)]
     return 2 * 4 * max(layers, default=0)
 
 
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, parameters not counted."""
-    return sum(saved_sizes(forward))
+# Tensors without values, from their birth to their end.
 
 
-def saved_sizes(forward: Callable[[], Tensor]) -> list[int]:
-    """The same, tensor by tensor."""
-    kept: dict[int, Tensor] = {}
+class Lives(TorchDispatchMode):
+    """Follows every storage that is made while the mode is on; those of `known` tensors are not counted."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            # Views share their storage; holding on to them keeps the identities apart.
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def __init__(self, known: Sequence[Tensor]):
+        super().__init__()
+        self.alive: dict[int, int] = {tensor.untyped_storage()._cdata: -1 for tensor in known}  # number of a storage
+        self.sizes: list[int] = []  # bytes, by number
+        self.events: list[tuple[int, int]] = []  # number, and 1 for its birth or -1 for its end
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:
+            return
+        number = len(self.sizes)
+        self.alive[key] = number
+        self.sizes.append(storage.nbytes())
+        self.events.append((number, 1))
+        weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.events.append((self.alive.pop(key), -1))
+
+    @property
+    def now(self) -> int:
+        """Bytes alive."""
+        return sum(self.sizes[number] for number in self.alive.values() if number >= 0)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Without values torch would attend the long way, and keep every score; where there are values it does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention and not kwargs:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What one or more forward and backward passes had in memory, event by event."""
+
+    kept: int  # bytes between the first forward and its backward
+    events: Sequence[tuple[int, bool]]  # bytes made, or freed where negative; whether they are of a gradient
+
+    def peak(self, activations: float = 1.0, gradients: float = 1.0) -> float:
+        """Most bytes at a time, with activations and gradients as so many times larger than they were here."""
+        now = most = 0.0
+        for size, is_gradient in self.events:
+            now += size * (gradients if is_gradient else activations)
+            most = max(most, now)
+        return most
+
+
+def followed(forward: Callable[[], Tensor], modules: Sequence[nn.Module], accumulates: bool = False) -> Followed:
+    """Follow a forward pass and its backward pass; with `accumulates` two of them, which add up their gradients."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    lives = Lives([*parameters, *buffers])
+    with FusedAttention(), lives:
         loss = forward()
-    parameters = {id(tensor) for tensor in _leaves(loss)}
-    return [tensor.untyped_storage().nbytes() for tensor in kept.values() if id(tensor) not in parameters]
+        kept = lives.now
+        loss.backward()
+        if accumulates:
+            forward().backward()
+        del loss
+    # What is left are the gradients; scattered ones were gathered in place.
+    own = {parameter.grad.untyped_storage()._cdata for parameter in parameters if parameter.grad is not None}
+    gradients = {number for key, number in lives.alive.items() if key in own}
+    events = [(lives.sizes[number] * sign, number in gradients) for number, sign in lives.events]
+    for parameter in parameters:
+        parameter.grad = None
+    return Followed(kept, events)
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The parameters that a loss depends on, and views of which it may hold."""
-    seen, waiting, found = set(), [loss.grad_fn], []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting += [following for following, _ in node.next_functions]
-    return found
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, of what it made itself."""
+    lives = Lives(())
+    with lives:
+        loss = forward()
+    del loss
+    return lives.now
 
 
 def estimate(config: Any, workload: Workload) -> str:
     """The config, and its cost in words."""
-    cost = measure(config, workload)
-    lines = [to_yaml(config), "parameters"]
+    return f"{to_yaml(config)}\n{in_words(measure(config, workload))}"
+
+
+def in_words(cost: Cost) -> str:
+    lines = ["parameters"]
     lines += [f"  {name:<10} {number / 1e6:10.2f} M" for name, number in cost.parameters.items()]
     lines += [
         "memory of one process",
         f"  states      {cost.states / GIB:9.3f} GiB   weights, gradients, optimiser, averages",
         f"  helpers     {cost.helpers / GIB:9.3f} GiB",
         f"  activations {cost.activations / GIB:9.3f} GiB   of {cost.samples} samples",
-        f"  workspace   {cost.workspace / GIB:9.3f} GiB",
-        f"  total       {cost.total / GIB:9.3f} GiB",
+        f"  peak        {cost.peak / GIB:9.3f} GiB   activations, gradients and temporaries at the fullest moment",
+        f"  total       {cost.total / GIB:9.3f} GiB   all but the gradients that make room for activations",
         "operations of one micro-batch",
         f"  {cost.flops / 1e12:.4f} TFLOP; {cost.samples / (cost.flops / 400e12):.1f} samples/s at 400 TFLOP/s",
     ]
     return "\n".join(lines)
 
 
-STAGES = {"vae": of_autoencoder, "pretrain": of_restorer, "distill": of_distillation}
+# What the doctor knows by heart; another stage says itself what it asks for, in a function `workload`.
+WORKLOADS = {"pretrain": of_restorer, "distill": of_distillation}
+STAGES = ("vae", "pretrain", "distill", "apt", "lora")
+
+
+def workload_of(name: str, config: Any) -> Workload:
+    """What one step of a stage asks for."""
+    make = WORKLOADS.get(name) or importlib.import_module(f"training.{name}").workload
+    return make(config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=sorted(STAGES), help="training.STAGE")
+    parser.add_argument("stage", choices=STAGES, help="training.STAGE")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="as for the stage: --config NAME key=value ...")
     args = parser.parse_args()
     stage = importlib.import_module(f"training.{args.stage}")
     command = parse_command(args.stage, stage.RECIPES, [*args.rest, "--dry-run"])
     torch.set_num_threads(command.threads)
-    make = STAGES[args.stage]
-    print(estimate(command.config, make(command.config)))
-    needed, free = measure(command.config, make(command.config)).total, free_bytes(torch.device("cpu"))
-    if needed > 0.8 * free:
-        print(f"no fake steps: they take {needed / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB")
+    cost = measure(command.config, workload_of(args.stage, command.config))
+    print(to_yaml(command.config))
+    print(in_words(cost))
+    free = free_bytes(torch.device("cpu"))
+    if cost.total > 0.8 * free:
+        print(f"no fake steps: they take {cost.total / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB")
         return
-    seconds, held = fake_steps(args.stage, command.config)
-    print(f"2 fake steps on this CPU: {seconds:.2f} s each, {held / GIB:.3f} GiB")
+    fake = fake_steps(args.stage, command.config)
+    print(f"2 fake steps on this CPU: {fake.seconds:.2f} s each, {fake.speed}, {fake.held / GIB:.3f} GiB; "
+          f"estimated are {cost.total / fake.held:.2f} times as much")  # fmt: skip
 
 
-def fake_steps(name: str, config: Any) -> tuple[float, int]:
-    """Train for two steps on noise, on the CPU and in a folder that is removed again.
+@dataclass(frozen=True)
+class FakeSteps:
+    """What training on noise took."""
 
-    Returns:
-        seconds of the second step, and the most bytes that were held on top of what was held before.
-    """
+    seconds: float  # of the second step
+    speed: str  # of it, with its unit
+    held: int  # bytes, the most at a time, on top of what the data and this program take
+
+
+def fake_steps(name: str, config: Any) -> FakeSteps:
+    """Train for two steps on noise, on the CPU and in a folder that is removed again."""
     from . import loop  # it knows the stages, which know this file
 
     run = replace(config.run, steps=2, validate_every=2, preview_every=None, async_save=False, tensorboard=False)
     run = replace(run, parallel=replace(run.parallel, precision="fp32"), judge=None)
     config = replace(config, run=run)
     with tempfile.TemporaryDirectory() as folder:
-        stage = _fake_stage(name, config, Path(folder))
-        # What was read and decoded so far is data, not the cost of a step.
-        stage.validate = lambda module: {}
+        make = _fake_stage(name, config, Path(folder))
         before = new_peak()
-        loop.run(stage, config, {"g": config.optim}, Path(folder) / "run")
-        rows = read(Path(folder) / "run" / METRICS)
-    return rows[-1]["seconds"], peak_bytes() - before
+        stage, optims = make()
+        # What is read and decoded for a look is not the cost of a step.
+        stage.validate = lambda module: {}
+        loop.run(stage, config, optims, Path(folder) / "run")
+        row = read(Path(folder) / "run" / METRICS)[-1]
+    unit = "tokens" if "tokens_per_second" in row else "samples"
+    return FakeSteps(row["seconds"], f"{row[f'{unit}_per_second']:.0f} {unit}/s", peak_bytes() - before)
 
 
-def _fake_stage(name: str, config: Any, folder: Path) -> Any:
+def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any, Mapping[str, OptimConfig]]]:
+    """Make the data of a stage; what is returned makes the stage itself, and says how its modules are optimised."""
     if name == "vae":
         from .data import DataConfig, Dataset
-        from .vae import VAEStage
+        from .vae import VAEStage, optims
 
-        side = 2 * max(128, *(crops.size for crops in config.crops))
-        data = Dataset.load(None, DataConfig(stills=4, still_size=side))
-        return VAEStage(replace(config, crops=(largest(config.crops),)), data, [])
+        crops = largest((*config.crops, *(crops for phase in config.curriculum for crops in phase.crops)))
+        data = Dataset.load(None, DataConfig(stills=4, still_size=2 * max(128, crops.size)))
+        # From random weights: to find better ones takes more memory than to train.
+        fake = replace(config, crops=(crops,), curriculum=(), init=None, start="random", adv_from=0.0)
+        return lambda: (VAEStage(fake, data, []), optims(fake))
     from .shards import HELD_OUT, Latents
 
     noise = torch.randn(HELD_OUT + config.batch, 16, *DEFAULT_SAMPLE)
@@ -307,11 +384,29 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Any:
     if name == "pretrain":
         from .pretrain import PretrainStage
 
-        return PretrainStage(replace(config, init=None, batch_tokens=None), latents)
-    from .distill import HalvingStage
+        fake = replace(config, init=None, batch_tokens=None)
+        return lambda: (PretrainStage(fake, latents), {"g": fake.optim})
+    if name == "distill":
+        from .distill import HalvingStage
 
-    models = [Restorer(model) for model in (config.teacher_model or config.model, config.model)]
-    return HalvingStage(config, latents, models[0], config.steps, models[1])
+        fake = replace(config, batch_tokens=None)
+        teacher = fake.teacher_model or fake.model
+        return lambda: (HalvingStage(fake, latents, Restorer(teacher), fake.steps, Restorer(fake.model)),
+                        {"g": fake.optim})  # fmt: skip
+    from .apt import AdversarialStage, Phase
+
+    pictures = (Phase(share=1.0, frames=(1,)),)
+    if name == "apt":
+        fake = replace(config, batch_tokens=None, curriculum=pictures)
+        return lambda: (AdversarialStage(fake, latents, *(Restorer(fake.model) for _ in range(2))),
+                        {"d": fake.d, "g": fake.g})  # fmt: skip
+    from .lora import AdaptedAdversarialStage, Base, flow_matching
+
+    fake = replace(config, curriculum=pictures)
+    if config.objective == "flow":
+        return lambda: (flow_matching(fake, latents, Base(Restorer(fake.model), fake.lora.base)), {"g": fake.g})
+    return lambda: (AdaptedAdversarialStage(fake, latents, Base(Restorer(fake.model), fake.lora.base)),
+                    {"d": fake.d or fake.g, "g": fake.g})  # fmt: skip
 
 
 def peak_bytes() -> int:
@@ -324,7 +419,10 @@ def peak_bytes() -> int:
 
 
 def new_peak() -> int:
-    """Forget the peak so far, where the system can; what is held now."""
+    """Forget the peak so far, where the system can; what is held now, after giving back what is not."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     if STATUS.exists():
         STATUS.with_name("clear_refs").write_text("5")
     return peak_bytes()

@@ -1,4 +1,8 @@
-"""What a run writes about itself: metrics, validation results and alerts, one JSON object a line."""
+"""What a run writes about itself: metrics, validation results and alerts, one JSON object a line.
+
+A disk that is full never stops a run: what cannot be written is kept, as far as a file's buffer reaches, and tried
+again with the next line.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ class Journal:
     def __init__(self, directory: Path | None, step: int, tensorboard: bool = False):
         self.directory, self.step = directory, step
         self.files: dict[str, TextIO] = {}
+        self.failures: dict[str, int] = {}  # lines of a file that could not be written when they were due
         self.events = self._open_events() if tensorboard and directory else None
 
     def __enter__(self) -> Journal:
@@ -38,8 +43,13 @@ class Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in self.files.values():
-            file.close()
+        for name, file in self.files.items():
+            try:
+                file.close()
+            except OSError as error:
+                log.warning("%s lacks its last lines: %s", name, error)
+        for name, count in self.failures.items():
+            log.warning("%d lines of %s could not be written when they were due.", count, name)
         if self.events is not None:
             self.events.close()
 
@@ -58,8 +68,14 @@ class Journal:
         self._write(ALERTS, {"step": step, "message": message, "scalars": dict(scalars or {})})
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
-        if name in self.files:
+        if name not in self.files:
+            return
+        try:
             self.files[name].write(json.dumps(row) + "\n")
+        except OSError as error:
+            if name not in self.failures:
+                log.warning("%s cannot be written at the moment: %s", name, error)
+            self.failures[name] = self.failures.get(name, 0) + 1
 
     def _open_events(self) -> Any:
         try:

@@ -327,7 +327,10 @@ class Trainer:
             shown = self.stage.preview(self.module) if shows else ()
             reshard(self.module)
         if shown and self.processes.first:
-            write_previews(self.directory / "previews" / f"step_{done:06d}", shown, raw)
+            try:
+                write_previews(self.directory / "previews" / f"step_{done:06d}", shown, raw)
+            except OSError as error:
+                self.journal.alert(done, f"The previews could not be saved ({error}).")
         if results:
             self.journal.validation({"step": done, **results})
             if judge := self.config.judge:

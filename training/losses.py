@@ -94,7 +94,7 @@ def gradient_ratio(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def high_frequency_ratio(restored: Tensor, real: Tensor) -> Tensor:
-    """Energy of what a 3 x 3 mean takes away, of restored over real clips b c T H W; 1 is right, below it is blurred."""
+    """Energy of what a 3 x 3 mean takes away, of restored over real clips b c T H W; 1 is right, less blurred."""
     restored, real = (rearrange(x, "b c t h w -> (b c t) 1 h w") for x in (restored, real))
     fine, wanted = (
         (x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)).square().mean() for x in (restored, real)

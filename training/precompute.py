@@ -4,12 +4,17 @@ Degrading and encoding take longer than the step that uses them; the paper train
 samples of a data set are dealt into shards (see `shards`). What a sample holds depends on its number alone, so any
 number of processes may share the work, each `--shard i/N` taking every Nth shard, and a run that was cut off is
 continued: shards that are finished are passed over. Whoever finishes the last one writes the index.
+
+A file NAME.txt.safetensors beside a picture, a video or a folder of frames NAME is the embedding of its caption, one
+tensor of tokens x width, and goes into its samples. `prompt=3b` gives all others the prompt of a published model. What
+is done with texts is said by `text.mode` of training.pretrain.
 """
-# T H W pixel frames, height, width   c t h w latent channels, frames, height, width
+# T H W pixel frames, height, width   c t h w latent channels, frames, height, width   l c text tokens and channels
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -24,10 +29,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from seedvr2_core.checkpoints import load_prompts
 from seedvr2_core.device import pick_device, pick_dtype
 from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
 from seedvr2_core.models.vae import VideoVAE, posterior
@@ -35,17 +42,30 @@ from seedvr2_core.video.geometry import to_clip
 
 from .buckets import aspect_sizes
 from .config import parse_command, setting
-from .data import DataConfig, Dataset, Kind, Sample
+from .data import (
+    CLIP_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UNREADABLE_SHARE,
+    DataConfig,
+    Dataset,
+    Kind,
+    Sample,
+    left_out,
+)
 from .degradation import MIXTURES
 from .randomness import rng, torch_rng
 from .shards import Pair, build_index, is_finished, write_shard
-from .weights import open_vae
+from .weights import open_vae, published
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How many other samples are tried in place of one whose file cannot be read.
 SUBSTITUTES = 3
+# What comes after a source's name in the file of its caption's embedding.
+CAPTION_SUFFIX = ".txt.safetensors"
+# In the description of a sample that took the place of another: why.
+REPLACED = "replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +99,8 @@ class Precompute:
     # Inference of the release samples too; ours takes the mean.
     latent: Literal["sample", "mean"] = setting("sample", "what is kept of the autoencoder's posterior")
     dtype: Literal["bf16", "fp32"] = setting("bf16", "stored")
-    captions: Path | None = setting(None, "folder of text embeddings, NAME.safetensors for the source NAME.*")
+    captions: Path | None = setting(None, "folder of captions' embeddings; none: they are beside the media")
+    prompt: str | None = setting(None, "checkpoint or published name whose prompt samples without a caption get")
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
     shard_samples: int = setting(1000, "in a shard", least=1)
     batch: int = setting(16, "samples encoded together", least=1)
@@ -165,13 +186,15 @@ class Sources:
 
 def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: int) -> Sample:
     """One sample. Where its file cannot be read any more, another one, always the same, takes its place."""
+    last: MediaError | None = None
     for attempt in range(SUBSTITUTES + 1):
         try:
             # Beyond the last sample of this kind lie numbers that nobody uses.
             number = index + attempt * crops.count
             shape = crops.shape(config.data.seed, index)
-            return dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
-                                  frames=crops.frames, variants=config.variants)  # fmt: skip
+            sample = dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
+                                    frames=crops.frames, variants=config.variants)  # fmt: skip
+            return sample if last is None else replace(sample, about={**sample.about, REPLACED: str(last)})
         except MediaError as error:
             log.warning("Sample %d is replaced: %s", index, error)
             last = error
@@ -190,8 +213,9 @@ def encode(vae: VideoVAE, clips: Tensor, noise: Sequence[torch.Generator] | None
     return mean.float().cpu() + std.float().cpu() * drawn
 
 
-def write(directory: Path, task: Task, config: Precompute, vae: VideoVAE, samples: Iterator[Sample]) -> None:
+def write(directory: Path, task: Task, work: Work, vae: VideoVAE, samples: Iterator[Sample]) -> None:
     """Encode the samples of a task and write its shard."""
+    config = work.config
     dtype = DTYPES[config.dtype]
 
     def pairs() -> Iterator[tuple[str, Pair]]:
@@ -216,23 +240,87 @@ def write(directory: Path, task: Task, config: Precompute, vae: VideoVAE, sample
         for (index, sample), hq, *lq in zip(group, *columns, strict=True):
             about = {**sample.about, "frames": sample.clean.shape[1], "size": list(sample.clean.shape[2:]),
                      "latent": config.latent, "vae": str(config.vae)}  # fmt: skip
-            text = caption(config.captions, sample.about["source"])
+            work.count(sample)
+            text = work.captions.of(sample.about["source"])
             yield f"{task.crops.name}-{index:09d}", Pair(hq.clone(), [z.clone() for z in lq], about, text)
 
-    write_shard(directory, task.name, pairs(), config.settings)
+    write_shard(directory, task.name, pairs(), work.settings)
 
 
-def caption(folder: Path | None, source: str) -> Tensor | None:
-    """The text embedding l c of a source, from a file with one tensor, or None where there is none."""
-    if folder is None:
-        return None
-    file = folder / f"{Path(source.split('#')[0]).stem}.safetensors"
-    if not file.exists():
-        return None
-    tensors = load_file(file)
-    if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
-        raise SettingError(f"{file.name} holds {len(tensors)} tensors, expected one text embedding of tokens x width.")
-    return next(iter(tensors.values()))
+class Captions:
+    """The captions of sources, as embeddings l c."""
+
+    def __init__(self, folder: Path | None, root: Path | None, width: int | None = None):
+        """
+        Args:
+            folder: where they are, each NAME.safetensors or NAME.txt.safetensors; None: beside the media.
+            root: of the media; None: there are none, and no captions beside them.
+            width: channels that all have; None: as many as the first.
+        """
+        self.folder, self.root, self.width = folder, root, width
+
+    def of(self, source: str) -> Tensor | None:
+        """The caption of a source by its path under root, or None where it has none.
+
+        Raises:
+            SettingError: the file is not one embedding, or of another width than the others.
+        """
+        file = next((file for file in self._places(source) if file.exists()), None)
+        if file is None:
+            return None
+        try:
+            tensors = list(load_file(file).values())
+        except (OSError, SafetensorError) as error:
+            raise SettingError(f"The caption {file.name} cannot be read ({error}); make it again or remove it."
+                               ) from error
+        if len(tensors) != 1 or tensors[0].ndim != 2 or not tensors[0].numel():
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors) or "nothing"
+            raise SettingError(f"The caption {file.name} holds {shapes}, expected one tensor of tokens x width.")
+        (text,) = tensors
+        self.width = self.width or text.shape[1]
+        if text.shape[1] != self.width:
+            raise SettingError(f"The caption {file.name} is {text.shape[1]} wide, and texts before it {self.width}; "
+                               "make all of them with the text encoder of one model.")
+        return text
+
+    def _places(self, source: str) -> list[Path]:
+        path = Path(source.split("#")[0])
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *CLIP_SUFFIXES):
+            path = path.with_suffix("")
+        if self.folder is not None:
+            return [self.folder / f"{path.name}{suffix}" for suffix in (CAPTION_SUFFIX, ".safetensors")]
+        return [] if self.root is None else [self.root / path.parent / f"{path.name}{CAPTION_SUFFIX}"]
+
+
+class Work:
+    """A data set in the making: its settings, and the texts and failures of its samples."""
+
+    def __init__(self, config: Precompute, root: Path | None):
+        """
+        Raises:
+            CheckpointError: there is no prompt of the name in the config.
+        """
+        self.config = config
+        self.text = None if config.prompt is None else load_prompts(published(config.prompt, "dit")).positive
+        self.captions = Captions(config.captions, root, None if self.text is None else self.text.shape[1])
+        # Which sources are drawn from depends on what was filtered out of them.
+        refused = None if root is None else left_out(root)
+        digest = None if refused is None else hashlib.sha256("\n".join(sorted(refused)).encode()).hexdigest()[:16]
+        self.settings = {**config.settings, "filter": digest}
+        self.total = sum(crops.count for crops in config.crops)
+        self.replaced = 0
+
+    def count(self, sample: Sample) -> None:
+        """Refuse to go on where so many samples had to be replaced that it is no accident.
+
+        Raises:
+            MediaError: naming the last of them.
+        """
+        self.replaced += REPLACED in sample.about
+        if self.replaced > max(1, UNREADABLE_SHARE * self.total):
+            raise MediaError(f"{self.replaced} of {self.total} samples had to be replaced, the last because: "
+                             f"{sample.about[REPLACED]} Mend the data and run the command again; finished shards are "
+                             "kept.")
 
 
 def run(config: Precompute, directory: Path, root: Path | None, vae: VideoVAE, part: tuple[int, int] = (0, 1)) -> None:
@@ -246,22 +334,23 @@ def run(config: Precompute, directory: Path, root: Path | None, vae: VideoVAE, p
         part: (i, N): this process makes the shards i, i+N, i+2N, ...
 
     Raises:
-        SettingError: the directory holds latents made with other settings.
+        SettingError: the directory holds latents made with other settings, or a caption cannot be used.
         CheckpointError: the disk is full.
+        MediaError: more than a few samples cannot be made.
     """
-    everything = tasks(config)
-    mine = [task for task in everything[part[0] :: part[1]] if not is_finished(directory, task.name, config.settings)]
+    everything, work = tasks(config), Work(config, root)
+    mine = [task for task in everything[part[0] :: part[1]] if not is_finished(directory, task.name, work.settings)]
     log.info("%d of %d shards are to be made here.", len(mine), len(everything))
     if mine:
         sources = Sources(root, directory / "sources", config)
         with sample_maker(sources) as make:
             for task in mine:
-                write(directory, task, config, vae, make(task))
-    missing = [task.name for task in everything if not is_finished(directory, task.name, config.settings)]
+                write(directory, task, work, vae, make(task))
+    missing = [task.name for task in everything if not is_finished(directory, task.name, work.settings)]
     if missing:
         log.info("%d shards are still to be made by others, %s first.", len(missing), missing[0])
     else:
-        build_index(directory, [task.name for task in everything])
+        build_index(directory, [task.name for task in everything], work.text)
 
 
 @contextmanager

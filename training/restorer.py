@@ -51,7 +51,8 @@ class Restorer(Arranged):
         """
         prompts = [self.prompt if text is None else self._beside(text) for text in texts or [None] * len(x)]
         if dropped is not None:
-            prompts = [self.prompt * 0 if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+            null = self.prompt * 0
+            prompts = [null if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
         return torch.stack(self.dit(latents, prompts, u, blocks=self.layers.of(self.dit))).to(x.dtype)
 

@@ -164,7 +164,8 @@ def build_index(directory: Path, names: Iterable[str], text: Tensor | None = Non
     if len({row["variants"] for _, _, row in rows}) != 1:
         raise CheckpointError(f"{directory} holds samples with different numbers of degraded versions, or none at all; "
                               "precompute them with one setting.")
-    widths = sorted({row["text"] for _, _, row in rows if row["text"]} | ({text.shape[1]} if text is not None else set()))
+    shared = [] if text is None else [text.shape[1]]
+    widths = sorted({*shared, *(row["text"] for _, _, row in rows if row["text"])})
     if len(widths) > 1:
         raise CheckpointError(f"{directory} holds texts {' and '.join(map(str, widths))} wide, and a model takes one "
                               "width; remove the shards, and precompute them with texts of one encoder.")

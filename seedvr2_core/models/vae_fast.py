@@ -239,7 +239,9 @@ class NormSilu:
             return split_norm(frame, self.norm, self.split)
         if frame.shape[-2] * frame.shape[-1] <= SUMMED:
             return self.norm.of_frame(frame)
-        return torch.cat([large_norm(clip, self.norm) for clip in frame.split(1)])
+        clips = [large_norm(clip, self.norm) for clip in frame.split(1)]
+        # A lone one would be copied.
+        return torch.cat(clips) if len(clips) > 1 else clips[0]
 
 
 def large_norm(frame: Tensor, norm: nn.GroupNorm) -> Tensor:

@@ -45,8 +45,8 @@ class WindowConfig:
 def window_size(grid: Grid, config: WindowConfig) -> Grid:
     """Size of a full window.
 
-    An adaptive window is as large as it would be if the frame were scaled to the training area at its own aspect ratio. A larger
-    frame therefore gets more windows, not larger ones, and meets the sizes the model was trained on.
+    An adaptive window is as large as it would be if the frame were scaled to the training area at its own aspect ratio.
+    A larger frame therefore gets more windows, not larger ones, and meets the sizes the model was trained on.
 
     Source: SeedVR2, arXiv 2506.05301, eq. 1 and 2. As in the released model, the scaled sides are rounded to whole
     tokens (ties to even), and frames smaller than the training area are scaled up too.

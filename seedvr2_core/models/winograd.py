@@ -145,7 +145,11 @@ class WinogradTaps:
 
     def at_rest(self, bands: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         (band,) = bands
-        out[0].copy_(self.total(band + band, self.bias))
+        result = self.total(band)
+        if self.bias is None:
+            torch.add(result, result, out=out[0])
+        else:
+            torch.add(self.bias[:, None, None], result, alpha=2, out=out[0])
 
     def pair(self, bands: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """The results at the two last of four bands, or at the last of three."""

@@ -239,6 +239,32 @@ def test_an_unreadable_file_is_left_out_named_and_counted(tmp_path, caplog):
         Dataset.load(tmp_path, TINY)
 
 
+def test_a_film_that_breaks_off_is_left_out_and_named(tmp_path):
+    for name in ("whole", "half"):
+        write_clip(tmp_path / f"{name}.mp4")
+    content = (tmp_path / "half.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
+    dataset = Dataset.load(tmp_path, TINY)
+    assert dataset.clip_names == ["whole.mp4"]
+    assert [path.name for path in dataset.unreadable] == ["half.mp4"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_that_breaks_off_is_named(tmp_path, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    Image.fromarray(still(0, 0, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(MediaError, match=f"photo.{suffix} cannot be decoded"):
+        decode(path)
+
+
+def test_sources_of_one_name_in_different_folders_are_both_used(tmp_path):
+    for number, folder in enumerate(("a/x/y/z", "b/x/y/z")):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(still(0, number, 32)).save(tmp_path / folder / "photo.png")
+    assert Dataset.load(tmp_path, TINY).image_names == ["a/x/y/z/photo.png", "b/x/y/z/photo.png"]
+
+
 def test_a_changed_file_is_decoded_anew_in_spite_of_the_cache(tmp_path):
     photo = tmp_path / "photo.png"
     Image.fromarray(still(0, 0, 32)).save(photo)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +197,63 @@ def test_a_checkpoint_that_cannot_be_saved_is_reported_and_training_goes_on(tmp_
     (alert,) = journal.read(tmp_path / "alerts.jsonl")
     assert "No space left" in alert["message"]
     assert [path.name for path in state.complete(tmp_path / "checkpoints")] == ["step_000006"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint_costs_that_checkpoint_alone(
+    tmp_path, monkeypatch, asynchronous
+):
+    write, whole_before = state.dcp.FileSystemWriter.write_data, []
+
+    def fill(self, plan, planner):
+        whole_before.append([path.name for path in state.complete(tmp_path / "full/checkpoints")])
+        if len(whole_before) == 2:
+            (Path(self.path) / "__0_0.distcp").write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, plan, planner)
+
+    train(Regression(), tmp_path / "whole", steps=8, save_every=2)
+    monkeypatch.setattr(state.dcp.FileSystemWriter, "write_data", fill)
+    train(Regression(), tmp_path / "full", steps=8, save_every=2, async_save=asynchronous)
+    # Of four checkpoints the second is missing, and the first was there until the third was whole.
+    assert whole_before == [[], ["step_000002"], ["step_000002"], ["step_000002", "step_000006"]]
+    (alert,) = journal.read(tmp_path / "full/alerts.jsonl")
+    assert "No space left" in alert["message"] and "step_000004" in alert["message"]
+    assert not list((tmp_path / "full").rglob("step_000004"))
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "full"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "full")
+
+
+def test_logs_that_cannot_be_written_do_not_stop_a_run_and_are_made_up_for(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with journal.Journal(tmp_path, 0) as log:
+        log.metrics({"step": 0})
+        # No file may grow any longer; the system refuses as a full disk does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        try:
+            log.metrics({"step": 1})
+            log.alert(1, "There is no room.")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.metrics({"step": 2})
+        assert log.failures == {"metrics.jsonl": 1, "alerts.jsonl": 1}
+    assert [row["step"] for row in journal.read(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in journal.read(tmp_path / "alerts.jsonl")] == [1]
+
+
+def test_previews_that_cannot_be_written_do_not_stop_a_run(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Seen(Regression):
+        def preview(self, module):
+            picture = torch.rand(2, 3, 8, 8)
+            return [Preview("clip", picture, picture, picture)]
+
+    monkeypatch.setattr(loop, "write_previews", full)
+    train(Seen(), tmp_path, preview_every=6)
+    (alert,) = journal.read(tmp_path / "alerts.jsonl")
+    assert alert["step"] == 6 and "No space left" in alert["message"]
 
 
 def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,29 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from seedvr2_core.checkpoints import load_prompts
 from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.models.vae import VAEConfig, VideoVAE
 from training import precompute
 from training.data import DataConfig, Dataset
-from training.precompute import PairCrops, Precompute, encode, main, make_sample, parse_part, run, tasks
+from training.precompute import (
+    REPLACED,
+    Captions,
+    PairCrops,
+    Precompute,
+    Work,
+    encode,
+    main,
+    make_sample,
+    parse_part,
+    run,
+    tasks,
+)
 from training.procedural import still
 from training.shards import Latents, ShardReader
+from training.weights import published
+
+from .test_data import write_clip
 
 CONFIG = Precompute(
     vae=Path("unused"),
@@ -150,20 +167,119 @@ def test_a_file_that_vanishes_is_replaced_by_the_same_other_sample(monkeypatch, 
         return whole(number, *args, **{**options, "size": expected.shape[-2:]})
 
     monkeypatch.setattr(dataset, "sample", sometimes)
-    assert torch.equal(make_sample(dataset, CONFIG, crops, 2).clean, expected)
-    assert "walk.mp4" in caplog.text
+    replacement = make_sample(dataset, CONFIG, crops, 2)
+    assert torch.equal(replacement.clean, expected)
+    assert "walk.mp4" in caplog.text and "walk.mp4" in replacement.about[REPLACED]
+    work = Work(CONFIG, None)
+    work.count(replacement)
+    work.count(make_sample(dataset, CONFIG, crops, 1))
+    # One is an accident, more among so few are not.
+    with pytest.raises(MediaError, match=r"2 of 8 samples.*walk\.mp4"):
+        work.count(replacement)
 
 
-def test_a_caption_beside_a_source_goes_into_its_samples(vae, tmp_path):
-    (tmp_path / "data").mkdir()
-    Image.fromarray(still(0, 0, 64)).save(tmp_path / "data/beach.png")
+ONE_PHOTO = replace(CONFIG, crops=(PairCrops(kind="image", count=2, size=32),), data=DataConfig(real=1.0, stills=0))
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    (tmp_path / "data/summer").mkdir(parents=True)
+    Image.fromarray(still(0, 0, 64)).save(tmp_path / "data/summer/beach.png")
+    return tmp_path / "data"
+
+
+def test_a_caption_beside_a_source_goes_into_its_samples(vae, photo, tmp_path):
+    embedding = torch.randn(3, 8)
+    save_file({"embedding": embedding}, photo / "summer/beach.txt.safetensors")
+    run(ONE_PHOTO, tmp_path / "out", photo, vae)
+    reader = ShardReader(tmp_path / "out")
+    assert torch.equal(reader.read(0)[2], embedding) and reader.text_width == 8
+
+
+@pytest.mark.parametrize("name", ["beach.safetensors", "beach.txt.safetensors"])
+def test_captions_may_lie_in_a_folder_of_their_own(vae, photo, tmp_path, name):
     (tmp_path / "text").mkdir()
     embedding = torch.randn(3, 8)
-    save_file({"embedding": embedding}, tmp_path / "text/beach.safetensors")
-    config = replace(CONFIG, crops=(PairCrops(kind="image", count=2, size=32),), captions=tmp_path / "text",
-                     data=DataConfig(real=1.0, stills=0))  # fmt: skip
-    run(config, tmp_path / "out", tmp_path / "data", vae)
-    assert torch.equal(ShardReader(tmp_path / "out").read(0)[2], embedding)
+    save_file({"embedding": embedding}, tmp_path / "text" / name)
+    run(replace(ONE_PHOTO, captions=tmp_path / "text"), tmp_path / "out", photo, vae)
+    assert torch.equal(ShardReader(tmp_path / "out").read(1)[2], embedding)
+
+
+def test_shots_of_clips_and_folders_of_frames_have_the_caption_of_their_source(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for number, name in enumerate(("walk", "0001", "v1.5")):
+        save_file({"t": torch.full((1, 4), float(number))}, tmp_path / f"clips/{name}.txt.safetensors")
+    captions = Captions(None, tmp_path)
+    for number, source in enumerate(("clips/walk.mp4#2", "clips/0001", "clips/v1.5")):
+        assert captions.of(source)[0, 0] == number
+    assert captions.of("clips/other.mp4") is None and Captions(None, None).of("image3") is None
+
+
+def test_a_caption_of_another_width_is_named(tmp_path):
+    for name, width in (("a", 8), ("b", 9)):
+        save_file({"t": torch.ones(2, width)}, tmp_path / f"{name}.txt.safetensors")
+    captions = Captions(None, tmp_path)
+    assert captions.of("a.png").shape == (2, 8)
+    with pytest.raises(SettingError, match=r"b\.txt\.safetensors is 9 wide.*8"):
+        captions.of("b.png")
+
+
+def test_something_else_in_place_of_a_caption_is_named(tmp_path):
+    save_file({"t": torch.ones(2)}, tmp_path / "a.txt.safetensors")
+    (tmp_path / "b.txt.safetensors").write_bytes(b"a sandy beach")
+    for name, words in (("a", r"holds \[2\], expected one tensor"), ("b", "cannot be read")):
+        with pytest.raises(SettingError, match=words):
+            Captions(None, tmp_path).of(f"{name}.png")
+
+
+def test_samples_without_a_caption_get_the_prompt_of_a_published_model(vae, photo, tmp_path):
+    run(replace(ONE_PHOTO, prompt="nano"), tmp_path / "out", photo, vae)
+    latents = Latents(tmp_path / "out", seed=0)
+    assert latents.text_width == 192
+    assert torch.equal(latents.store.read(0)[2], load_prompts(published("nano", "dit")).positive)
+    # A caption has to fit it.
+    save_file({"t": torch.ones(2, 8)}, photo / "summer/beach.txt.safetensors")
+    with pytest.raises(SettingError, match="8 wide, and texts before it 192"):
+        run(replace(ONE_PHOTO, prompt="nano"), tmp_path / "again", photo, vae)
+
+
+def test_a_data_set_begun_before_there_were_prompts_and_filters_goes_on(folder, vae):
+    for name in SHARDS:
+        manifest = folder / f"{name}.json"
+        made = json.loads(manifest.read_text())
+        del made["settings"]["prompt"], made["settings"]["filter"]
+        manifest.write_text(json.dumps(made))
+    before = tars(folder)
+    run(CONFIG, folder, None, vae)
+    assert tars(folder) == before
+
+
+def test_another_filter_makes_another_data_set(vae, photo, tmp_path):
+    Image.fromarray(still(0, 1, 64)).save(photo / "dunes.png")
+    run(ONE_PHOTO, tmp_path / "out", photo, vae)
+    (photo / "filter.jsonl").write_text(json.dumps({"source": "dunes.png", "fails": ["noise_quantile"]}) + "\n")
+    with pytest.raises(SettingError, match="another filter"):
+        run(ONE_PHOTO, tmp_path / "out", photo, vae)
+    run(ONE_PHOTO, tmp_path / "filtered", photo, vae)
+    reader = ShardReader(tmp_path / "filtered")
+    assert {reader.about(i)["source"] for i in range(2)} == {"summer/beach.png"}
+
+
+def test_a_film_that_breaks_off_while_samples_are_made_is_replaced(vae, tmp_path):
+    Image.fromarray(still(0, 0, 64)).save(tmp_path / "beach.png")
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name)
+    crops = PairCrops(kind="clip", count=4, size=32, frames=5)
+    config = replace(CONFIG, crops=(crops,), degradation="light",
+                     data=DataConfig(real=1.0, stills=0, moving_photo=0.0, keep_clips=False))  # fmt: skip
+    dataset = Dataset.load(tmp_path, config.data)
+    samples = [make_sample(dataset, config, crops, number) for number in range(4)]
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:300])
+    for number, before in enumerate(samples):
+        after = make_sample(dataset, config, crops, number)
+        assert after.about["source"] == "b.mp4"
+        assert (REPLACED in after.about) == (before.about["source"] == "a.mp4")
+        assert torch.equal(after.clean, make_sample(dataset, config, crops, number).clean)
 
 
 @pytest.mark.parametrize(("text", "part"), [("0/1", (0, 1)), ("3/8", (3, 8))])

@@ -171,6 +171,50 @@ def test_a_shard_cut_short_is_refused_when_it_is_no_accident(tmp_path):
             reader.read(number)
 
 
+def test_a_wrong_offset_is_an_unreadable_sample(tmp_path):
+    names = write(tmp_path)
+    offsets = np.load(tmp_path / "index/hq.npy")
+    # Amid the tensor; and at a whole one of another shape.
+    for wrong in ([offsets[45][0] + 5, offsets[45][1]], offsets[3]):
+        changed = offsets.copy()
+        changed[45] = wrong
+        np.save(tmp_path / "index/hq.npy", changed)
+        columns = np.load(tmp_path / "index/shard.npy")
+        assert names[columns[45]] == "image-000000"
+        reader = ShardReader(tmp_path)
+        assert reader.read(45)[-1] == 46 and list(reader.unreadable) == [45]
+
+
+def test_a_tensor_of_another_shape_is_an_unreadable_sample(tmp_path):
+    write(tmp_path)
+    places, shards = np.load(tmp_path / "index/hq.npy"), np.load(tmp_path / "index/shard.npy")
+    places[45], shards[45] = places[3], shards[3]
+    np.save(tmp_path / "index/hq.npy", places)
+    np.save(tmp_path / "index/shard.npy", shards)
+    reader = ShardReader(tmp_path)
+    assert reader.read(45)[-1] == 46
+    assert "expected a latent of [1, 4, 4]" in reader.unreadable[45]
+
+
+def test_a_lost_shard_stops_training_in_words(tmp_path):
+    write(tmp_path)
+    (tmp_path / "image-000001.tar").unlink()
+    latents = Latents(tmp_path, seed=0)
+    with pytest.raises(CheckpointError, match=r"image-000001\.tar.*precompute it again"):
+        for step in range(20):
+            latents.planned(step)
+
+
+def test_a_damaged_index_says_how_to_mend_it(tmp_path):
+    write(tmp_path)
+    (tmp_path / "index/hq.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(CheckpointError, match="index is damaged.*finished shards are kept"):
+        ShardReader(tmp_path)
+    (tmp_path / "index/about.json").write_text("{")
+    with pytest.raises(CheckpointError, match="index is damaged"):
+        ShardReader(tmp_path)
+
+
 def test_a_full_disk_leaves_no_half_shard_and_says_so(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

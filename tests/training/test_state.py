@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -81,6 +82,22 @@ def test_a_process_killed_while_writing_leaves_the_last_checkpoint_whole(tmp_pat
         load(checkpoints, half)
     checkpoints.save(2, tensors(2))
     assert load(checkpoints, checkpoints.newest())[1]["g/weight"].tolist() == [2.0] * 4
+
+
+def test_a_checkpoint_is_not_complete_any_more_from_the_moment_on_that_it_is_being_removed(tmp_path, monkeypatch):
+    Checkpoints(tmp_path).save(1, tensors(1))
+    (path,) = state.complete(tmp_path / "checkpoints")
+    monkeypatch.setattr(state.shutil, "rmtree", lambda path, ignore_errors: None)
+    state.remove(path)
+    assert state.complete(tmp_path / "checkpoints") == []
+
+
+def test_what_a_killed_process_of_the_same_number_left_behind_does_not_matter(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.directory.mkdir()
+    (checkpoints.directory / f".latest.{os.getpid()}").symlink_to("step_000000")
+    checkpoints.save(1, tensors(1))
+    assert checkpoints.newest().name == "step_000001"
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
