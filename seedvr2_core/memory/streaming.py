@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import count
+from types import EllipsisType
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..models.vae import CausalState
 
@@ -22,6 +24,8 @@ Placement = Literal["device", "host"]
 
 # Tensors that may be on their way to the host; until they have left they take memory on the device.
 LEAVING = 2
+# Frames, or bands of frames, sent for before a layer looks at them: the past of the next convolution, or of the next band.
+AHEAD = 2
 # Streamed blocks on the device: one at work, one on its way.
 PLACES = 2
 # Where weights begin in the buffer of a block, in bytes: what vectorised loads want.
@@ -38,6 +42,8 @@ class Stored:
 
 # Waits until a tensor is on the device, and gives it.
 Arrival = Callable[[], Tensor]
+# Which part of a tensor.
+Index = EllipsisType | tuple[EllipsisType | slice, ...]
 
 
 class Ferry(Protocol):
@@ -46,8 +52,8 @@ class Ferry(Protocol):
     def store(self, x: Tensor) -> Stored:
         """Begin to copy a tensor to the host."""
 
-    def fetch(self, stored: Stored, into: Tensor | None = None) -> Arrival:
-        """Begin to copy it back, into new memory or given one."""
+    def fetch(self, stored: Stored, into: Tensor | None = None, index: Index = ...) -> Arrival:
+        """Begin to copy a part of it back, into new memory or given one."""
 
 
 class CudaFerry:
@@ -70,16 +76,15 @@ class CudaFerry:
             self.leaving.popleft()[1].synchronize()
         return Stored(host, complete)
 
-    def fetch(self, stored: Stored, into: Tensor | None = None) -> Arrival:
+    def fetch(self, stored: Stored, into: Tensor | None = None, index: Index = ...) -> Arrival:
         # Whoever had the memory before may still be computing with it. All memory of this stream is taken here, behind
         # this line, so that a tensor may be dropped at any time.
         self.up.wait_stream(torch.cuda.current_stream(self.device))
         self.up.wait_event(stored.complete)
-        host = stored.host
+        host = stored.host[index]
         with torch.cuda.stream(self.up):
-            x = into
-            if x is None:
-                x = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
+            # Some rows of a frame in channels-last memory lie together, as they will on the device.
+            x = torch.empty_like(host, device=self.device) if into is None else into
             x.copy_(host, non_blocking=True)
         arrived = self.up.record_event()
 
@@ -96,8 +101,9 @@ class CpuFerry:
     def store(self, x: Tensor) -> Stored:
         return Stored(x.clone())
 
-    def fetch(self, stored: Stored, into: Tensor | None = None) -> Arrival:
-        x = stored.host.clone() if into is None else into.copy_(stored.host)
+    def fetch(self, stored: Stored, into: Tensor | None = None, index: Index = ...) -> Arrival:
+        host = stored.host[index]
+        x = host.clone() if into is None else into.copy_(host)
         return lambda: x
 
 
@@ -112,8 +118,8 @@ class PretendFerry:
         # A single value that looks as large.
         return Stored(x.new_empty(()).expand(x.shape))
 
-    def fetch(self, stored: Stored, into: Tensor | None = None) -> Arrival:
-        x = torch.empty(stored.host.shape, dtype=stored.host.dtype, device=stored.host.device)
+    def fetch(self, stored: Stored, into: Tensor | None = None, index: Index = ...) -> Arrival:
+        x = torch.empty(stored.host[index].shape, dtype=stored.host.dtype, device=stored.host.device)
         return lambda: x
 
 
@@ -130,57 +136,97 @@ class DeviceState(CausalState):
 
 
 class HostState(DeviceState):
-    """A causal state whose frames leave the device when a layer writes them, and come back before it reads them.
+    """A causal state whose frames leave the device when a layer writes them, and come back when it looks at them.
 
-    Layers ask in the same order in every slice, so the order of the last one tells who will be next.
+    Layers look in the same order in every slice, so the order of the last one tells what will be looked at next.
     """
 
     def __init__(self, ferry: Ferry):
         super().__init__()
         self.ferry = ferry
-        self._order: list[object] = []  # layers as the last slice read them
-        self._read: list[object] = []  # and as this one does
-        self._next: tuple[object, object] | None = None  # the layer that reads next, and its past, on its way
-        self._here: list[tuple[Tensor, Stored]] = []  # frames of the layer at work that are on both sides
+        self._order: list[_Look] = []  # of the last slice
+        self._looks: list[_Look] = []  # of this one
+        self._reads = 0  # pasts that layers have asked for in this slice
+        self._past: object = None  # the last of them
+        self._coming: list[_Sent] = []
 
     def begin(self) -> HostState:
-        self._order, self._read = self._read, []
+        self._order, self._looks, self._reads = self._looks, [], 0
         return self
 
     def __getitem__(self, layer: object) -> object:
-        past = self._next[1] if self._next and self._next[0] is layer else self._send(layer)
-        self._next = None
-        self._read.append(layer)
-        return tree_map_only(_Sent, self._arrive, past)
+        self._reads += 1
+        self._past = super().__getitem__(layer)
+        frames = (Absent(self, _Look(self._reads, layer, number, ...)) for number in count())
+        return tree_map_only(Stored, lambda stored: next(frames).of(stored), self._past)
 
     def get(self, layer: object, default: object = None) -> object:
         return self[layer] if layer in self else default  # noqa: SIM401, this is what it would call
 
     def __setitem__(self, layer: object, past: object) -> None:
-        super().__setitem__(layer, tree_map_only(Tensor, self._store, past))
-        self._here, self._next = [], None
-        # Sent now and not when this layer read: it may read again before others do.
-        following = self._order[len(self._read) : len(self._read) + 1]
-        if following and following[0] in self:
-            self._next = following[0], self._send(following[0])
+        # At the start of a clip a frame is its own past.
+        fresh = {id(x): x for x in tree_leaves(past) if isinstance(x, Tensor)}
+        stored = {key: self.ferry.store(x) for key, x in fresh.items()}
+        past = tree_map_only(Tensor, lambda x: stored[id(x)], past)
+        super().__setitem__(layer, tree_map_only(Absent, lambda frame: frame.stored, past))
 
-    def _send(self, layer: object) -> object:
-        """The past of a layer, on its way to the device."""
-        past = super().__getitem__(layer)
-        return tree_map_only(Stored, lambda stored: _Sent(stored, self.ferry.fetch(stored)), past)
+    def bring(self, stored: Stored, look: _Look) -> Tensor:
+        """What a layer looks at, on the device. What will be looked at next is sent for."""
+        if not (self._coming and self._coming[0].answers(stored, look.index)):
+            # Another order than in the last slice.
+            self._coming = [self._send(stored, look.index)]
+        arrive = self._coming.pop(0).arrive
+        self._looks.append(look)
+        seen = len(self._looks)
+        for following in self._order[seen + len(self._coming) : seen + AHEAD]:
+            past = self._past if following.read == self._reads else super().get(following.layer)
+            frames = [leaf for leaf in tree_leaves(past) if isinstance(leaf, Stored)]
+            if following.number >= len(frames):
+                break
+            self._coming.append(self._send(frames[following.number], following.index))
+        return arrive()
 
-    def _arrive(self, sent: _Sent) -> Tensor:
-        x = sent.arrive()
-        self._here.append((x, sent.stored))
-        return x
+    def _send(self, stored: Stored, index: Index) -> _Sent:
+        return _Sent(stored, index, self.ferry.fetch(stored, index=index))
 
-    def _store(self, x: Tensor) -> Stored:
-        for here, stored in self._here:
-            if here is x:
-                return stored
-        stored = self.ferry.store(x)
-        self._here.append((x, stored))
-        return stored
+
+class Absent:
+    """A frame in host memory. An index brings it to the device: `...` all of it, or some of its rows."""
+
+    def __init__(self, state: HostState, look: _Look):
+        self.state, self.look = state, look
+
+    def of(self, stored: Stored) -> Absent:
+        self.stored = stored
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.host.shape
+
+    def __getitem__(self, index: Index) -> Tensor:
+        return self.state.bring(self.stored, self.look._replace(index=index))
+
+
+class _Look(NamedTuple):
+    """What a layer looked at."""
+
+    read: int  # the how manieth past of the slice
+    layer: object
+    number: int  # of the frame in it
+    index: Index
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """Part of a frame on its way."""
+
+    stored: Stored
+    index: Index
+    arrive: Arrival
+
+    def answers(self, stored: Stored, index: Index) -> bool:
+        return self.stored is stored and self.index == index
 
 
 def new_state(placement: Placement, device: torch.device) -> CausalState:
@@ -194,15 +240,9 @@ def placed(state: CausalState, placement: Placement, device: torch.device) -> Ca
         return state
     moved = new_state(placement, device)
     for layer in list(state):
-        moved[layer] = state[layer]
+        moved[layer] = tree_map_only(Absent, lambda frame: frame[...], state[layer])
         state.pop(layer)
     return moved
-
-
-@dataclass(frozen=True, eq=False)
-class _Sent:
-    stored: Stored
-    arrive: Arrival
 
 
 class StreamedBlocks:

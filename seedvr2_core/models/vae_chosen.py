@@ -91,7 +91,7 @@ class ChosenConv:
         if frames:
             frames = [*state[self], *frames]
             state[self] = frames[-2:]
-            out += self._convolve(frames, to_add, groups)
+            out += self._convolve([frame[...] for frame in frames], to_add, groups)
         return out
 
     def _convolve(self, frames: Frames, residuals: list[Tensor | None], groups: int | None) -> list[Convolved]:

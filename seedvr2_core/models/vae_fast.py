@@ -409,7 +409,7 @@ class BandedTaps:
         band = self.options.band
         rows = height if band is None else max(1, band // width)
         if rows >= height:
-            return compute(frames)
+            return compute([frame[...] for frame in frames])
         # A kernel of 2 rows has one result more: before the first row, between rows, behind the last.
         results = height + 3 - self.kernel
         out: Frames = []
@@ -473,7 +473,7 @@ class TemporalDown:
             out.append(F.conv2d(padded[0], channels_last(self.weight.sum(2)), self.bias, stride=2))
         held = [*state.get(self, []), *padded]
         while len(held) >= 3:
-            stacked = torch.stack(held[:3], dim=2).contiguous(memory_format=torch.channels_last_3d)
+            stacked = torch.stack([frame[...] for frame in held[:3]], dim=2).contiguous(memory_format=torch.channels_last_3d)
             out.append(F.conv3d(stacked, self.weight, self.bias, stride=2).squeeze(2))
             held = held[2:]
         state[self] = held

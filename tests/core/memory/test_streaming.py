@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from seedvr2_core.memory.streaming import (
     CpuFerry,
     DeviceState,
     HostState,
     PretendFerry,
+    Stored,
     StreamedBlocks,
     new_state,
     placed,
@@ -47,10 +49,10 @@ def decode(vae: FastVAE, latents: list[Tensor], state: CausalState, move: dict |
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("block", [1, 2, 4])
-def test_a_state_gives_the_same_wherever_it_waits(vae, device, block):
+@pytest.mark.parametrize(("block", "band"), [(1, None), (2, None), (4, None), (1, 100), (2, 300)])
+def test_a_state_gives_the_same_wherever_it_waits(vae, device, block, band):
     fast = FastVAE(vae.to(device))
-    fast.take(block, None)
+    fast.take(block, band)
     latents = list(torch.randn(5, 1, 16, 1, 4, 4, device=device))
     expected = decode(fast, latents, CausalState())
     for placement in ("device", "host"):
@@ -71,36 +73,53 @@ def test_encoding_gives_the_same_too(vae):
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-def test_a_layer_finds_its_past_sent_for_before_it_asks(vae):
+@pytest.mark.parametrize("band", [None, 100])
+def test_a_layer_finds_its_past_sent_for_before_it_looks(vae, band):
     class Counting(CpuFerry):
-        stored = fetched = 0
+        def __init__(self):
+            self.stored, self.values, self.fetched = 0, [], 0
 
         def store(self, x):
-            Counting.stored += 1
+            self.stored += 1
             return super().store(x)
 
-        def fetch(self, stored, into=None):
-            Counting.fetched += 1
-            return super().fetch(stored, into)
+        def fetch(self, stored, into=None, index=...):
+            self.fetched += 1
+            self.values.append(stored.host[index].numel())
+            return super().fetch(stored, into, index)
 
     class Watching(HostState):
-        late = asked = 0
+        late = looks = 0
 
-        def __getitem__(self, layer):
-            Watching.asked += 1
-            Watching.late += not (self._next and self._next[0] is layer)
-            return super().__getitem__(layer)
+        def bring(self, stored, look):
+            fetched = self.ferry.fetched
+            self.looks += 1
+            expected = bool(self._coming) and self._coming[0].answers(stored, look.index)
+            self.late += not expected
+            out = super().bring(stored, look)
+            assert expected or self.ferry.fetched > fetched
+            return out
 
-    fast, state = FastVAE(vae), Watching(Counting())
+    ferry = Counting()
+    fast, state = FastVAE(vae), Watching(ferry)
+    fast.take(1, band)
     for index in range(5):
         if index == 3:
-            Watching.asked = Watching.late = Counting.stored = Counting.fetched = 0
+            state.looks = state.late = ferry.stored = ferry.fetched = 0
+            ferry.values.clear()
         _, state = fast.decode_slice(torch.randn(1, 16, 1, 4, 4), state)
-    assert Watching.asked > 20
-    # The first of a slice has nobody before it.
-    assert Watching.late <= 2
+    assert state.looks > 40
+    # The first of a slice has nobody before it, and nothing is sent for in vain.
+    assert state.late <= 2 and ferry.fetched == state.looks
     # A frame that stays in a state for another turn does not leave twice.
-    assert Counting.stored < Counting.fetched
+    assert ferry.stored < ferry.fetched
+    largest = max(
+        frame.host.numel()
+        for frames in dict.values(state)
+        for frame in tree_leaves(frames)
+        if isinstance(frame, Stored)
+    )
+    assert (max(ferry.values) == largest) == (band is None)
 
 
 def test_in_place_states_hold_one_past_and_copies_two(vae):
