@@ -229,48 +229,53 @@ def norm_silu(norm: FrameNorm, options: FastOptions) -> NormSilu | ChosenNormSil
 
 class NormSilu:
     def __init__(self, norm: FrameNorm, options: FastOptions):
-        self.norm, self.split = norm, options.split
+        self.norm, self.options = norm, options
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         return [F.silu(self.normed(frame), inplace=True) for frame in frames]
 
     def normed(self, frame: Tensor) -> Tensor:
-        if self.split is not None:
-            return split_norm(frame, self.norm, self.split)
+        if self.options.split is not None:
+            return split_norm(frame, self.norm, self.options.split)
         if frame.shape[-2] * frame.shape[-1] <= SUMMED:
             return self.norm.of_frame(frame)
-        clips = [large_norm(clip, self.norm) for clip in frame.split(1)]
+        clips = [large_norm(clip, self.norm, self.options.band) for clip in frame.split(1)]
         # A lone one would be copied.
         return torch.cat(clips) if len(clips) > 1 else clips[0]
 
 
-def large_norm(frame: Tensor, norm: nn.GroupNorm) -> Tensor:
+def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Tensor:
     """Group norm of a large frame, 1 c H W, with statistics that stay true.
 
     In channels-last memory on a CPU, torch adds up all values of a group one after the other, in fp32. At half a
-    million values the result is off by a thousandth, and more in larger frames. So it is asked for bands of rows, whose
+    million values the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows, whose
     means and variances are put together in fp64.
+
+    Args:
+        band: positions looked at in one call, which takes as much memory again; None: all.
     """
     frame = channels_last(frame)
     _, c, h, w = frame.shape
-    rows = max(1, SUMMED // w)
+    height = max(1, SUMMED // w)
+    whole = h // height * height
+    rows = h if band is None else max(height, band // w // height * height)
+    pieces = [(start, min(start + rows, whole), height) for start in range(0, whole, rows)]
+    pieces += [(whole, h, h - whole)] if whole < h else []
     # Weights in fp32 keep the statistics in fp32.
     ones = frame.new_ones(c, dtype=torch.float32)
     means, variances, counts = [], [], []
-    for start, stop, size in ((0, h // rows * rows, rows), (h // rows * rows, h, h % rows)):
-        if start == stop:
-            continue
-        bands = rearrange(frame[0, :, start:stop], "c (n h) w -> n c h w", h=size)
-        _, mean, scale = torch.native_group_norm(
-            bands, ones, ones, len(bands), c, size * w, norm.num_groups, norm.eps
-        )
+    for start, stop, size in pieces:
+        strips = rearrange(frame[0, :, start:stop], "c (n h) w -> n c h w", h=size)
+        mean, scale = torch.native_group_norm(strips, ones, ones, len(strips), c, size * w, norm.num_groups, norm.eps)[
+            1:
+        ]
         means.append(mean.double())
         variances.append(scale.double().pow(-2) - norm.eps)
-        counts += [size / h] * len(bands)
+        counts += [size / h] * len(strips)
     mean, variance, share = torch.cat(means), torch.cat(variances), means[0].new_tensor(counts)[:, None]
-    whole = (mean * share).sum(0)
-    spread = ((variance + (mean - whole).square()) * share).sum(0)
-    of_channel = (x.float().repeat_interleave(c // norm.num_groups) for x in (whole, spread))
+    center = (mean * share).sum(0)
+    spread = ((variance + (mean - center).square()) * share).sum(0)
+    of_channel = (x.float().repeat_interleave(c // norm.num_groups) for x in (center, spread))
     return F.batch_norm(frame, *of_channel, norm.weight.float(), norm.bias.float(), eps=norm.eps)
 
 
@@ -473,7 +478,9 @@ class TemporalDown:
             out.append(F.conv2d(padded[0], channels_last(self.weight.sum(2)), self.bias, stride=2))
         held = [*state.get(self, []), *padded]
         while len(held) >= 3:
-            stacked = torch.stack([frame[...] for frame in held[:3]], dim=2).contiguous(memory_format=torch.channels_last_3d)
+            stacked = torch.stack([frame[...] for frame in held[:3]], dim=2).contiguous(
+                memory_format=torch.channels_last_3d
+            )
             out.append(F.conv3d(stacked, self.weight, self.bias, stride=2).squeeze(2))
             held = held[2:]
         state[self] = held
