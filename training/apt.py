@@ -374,24 +374,48 @@ def load_stage(config: PostTraining, latents: Latents) -> AdversarialStage:
 
 
 def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workload:
-    """The discriminator's half of a step, the larger one, for the estimate; `sample` is the size of a latent."""
+    """Both halves of a step, for the estimate; `sample` is the size of a latent."""
     sample = sample or (Grid(*doctor.DEFAULT_SAMPLE) if config.batch_tokens is None else LARGEST)
     generator = doctor.on_meta(lambda: Restorer(config.model))
     discriminator = doctor.on_meta(lambda: Discriminator(config.model))
-    size = pairs_of(config, sample)
-    x, u = torch.empty(size, 16, *sample, device="meta"), torch.empty(size, device="meta")
+    x = torch.empty(pairs_of(config, sample), 16, *sample, device="meta")
+    return adversarial_workload(config, generator, discriminator, x, generator.prompt.detach())
+
+
+def adversarial_workload(
+    config: PostTraining,
+    generator: nn.Module,
+    discriminator: Discriminator,
+    x: Tensor,
+    prompt: Tensor,
+    helpers: Mapping[str, nn.Module] | None = None,
+) -> doctor.Workload:
+    """The same for any two modules that play this game, on latents b 16 t h w."""
+    u = torch.empty(len(x), device="meta")
+    prompts = [prompt] * len(x)
     # Replay evaluates all four members, and then holds one at a time.
     copies = 4 if config.disc.backward == "joint" else 1
-    prompts = [generator.prompt.detach()] * len(x)
 
     def judge(count: int) -> Tensor:
         copied = x.repeat(count, 1, 1, 1, 1)
         return discriminator(copied, copied, prompts * count, u.repeat(count)).logits.sum()
 
     def generate() -> Tensor:
-        # The discriminator is frozen in this half and keeps what leads to the sample; that is all but nothing less.
-        restored = generator.velocity(x, x, u)
-        return discriminator(restored, x, prompts, u).logits.sum()
+        with torch.no_grad():
+            _, real = discriminator(x, x, prompts, u)
+        critique = discriminator(generator.velocity(x, x, u), x, prompts, u)
+        return critique.logits.sum() + losses.feature_distances(critique.features, real).mean()
+
+    def frozen() -> Tensor:
+        # What the backward pass would need for the discriminator's own weights is not kept in this half.
+        learning = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            return generate()
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def assists() -> None:
         generator.velocity(x, x, u)
@@ -401,11 +425,11 @@ def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workloa
 
     return doctor.Workload(
         trained={"d": (discriminator, config.d), "g": (generator, config.g)},
-        helpers={},
+        helpers=helpers or {},
         forward=lambda: judge(copies),
         assists=assists,
-        samples=size,
-        others=(generate,),
+        samples=len(x),
+        others=(frozen,),
     )
 
 

@@ -125,7 +125,7 @@ class HalvingStage:
         # Only the first teacher is guided; its student needs no guidance any more.
         first = steps == config.steps
         self.cfg = config.cfg if first else 1.0
-        seed, dropout = config.run.seed + steps, config.text_dropout if first else 0.0
+        seed, dropout = config.run.seed + steps, config.text_dropout if first and config.text_dropout else None
         self.texts = Texts.of_run(config.text, student, latents, seed, dropout)
 
     def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:

@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +44,10 @@ from .parallel import Arranged, Layers
 from .restorer import Restorer
 
 GIB = 2**30
+LONG_WAY = F.scaled_dot_product_attention
 STATUS = Path("/proc/self/status")
+# glibc's number of the size from which an allocation is a mapping of its own, and the size.
+MMAP_THRESHOLD, OWN_MAPPING = -3, 1 << 16
 # Bytes of optimiser state a parameter, in fp32.
 OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
 # A backward pass does twice the operations of the forward pass; with recomputation the forward pass runs once more.
@@ -230,13 +233,11 @@ class Lives(TorchDispatchMode):
         return sum(self.sizes[number] for number in self.alive.values() if number >= 0)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Without values torch would attend the long way, and keep every score; where there are values it does not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention and not kwargs:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return func(*args, **(kwargs or {}))
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as it is computed where there are values. Without, torch takes the long way, and keeps every score."""
+    if q.ndim < 4:  # here it takes the long way in earnest
+        return LONG_WAY(q, k, v)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ def followed(forward: Callable[[], Tensor], modules: Sequence[nn.Module], accumu
     parameters = [parameter for module in modules for parameter in module.parameters()]
     buffers = [buffer for module in modules for buffer in module.buffers()]
     lives = Lives([*parameters, *buffers])
-    with FusedAttention(), lives:
+    # Replaced, because a mode of torch's would not reach what a backward pass computes again.
+    with patch.object(F, "scaled_dot_product_attention", fused_attention), lives:
         loss = forward()
         kept = lives.now
         loss.backward()
@@ -328,6 +330,7 @@ def main() -> None:
     cost = measure(command.config, workload_of(args.stage, command.config))
     print(to_yaml(command.config))
     print(in_words(cost))
+    give_back_at_once()
     free = free_bytes(torch.device("cpu"))
     if cost.total > 0.8 * free:
         print(f"no fake steps: they take {cost.total / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB")
@@ -362,7 +365,7 @@ def fake_steps(name: str, config: Any) -> FakeSteps:
         loop.run(stage, config, optims, Path(folder) / "run")
         row = read(Path(folder) / "run" / METRICS)[-1]
     unit = "tokens" if "tokens_per_second" in row else "samples"
-    return FakeSteps(row["seconds"], f"{row[f'{unit}_per_second']:.0f} {unit}/s", peak_bytes() - before)
+    return FakeSteps(row["seconds"], f"{row[f'{unit}_per_second']:.4g} {unit}/s", peak_bytes() - before)
 
 
 def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any, Mapping[str, OptimConfig]]]:
@@ -407,6 +410,16 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
         return lambda: (flow_matching(fake, latents, Base(Restorer(fake.model), fake.lora.base)), {"g": fake.g})
     return lambda: (AdaptedAdversarialStage(fake, latents, Base(Restorer(fake.model), fake.lora.base)),
                     {"d": fake.d or fake.g, "g": fake.g})  # fmt: skip
+
+
+def give_back_at_once() -> None:
+    """From now on memory that is let go of is the system's again, where the C library can.
+
+    glibc keeps what was freed in pieces that later tensors do not fit into. For small tensors of many sizes that is up
+    to a third of what a process seems to take, and says nothing about the stage.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, OWN_MAPPING)
 
 
 def peak_bytes() -> int:

@@ -35,7 +35,15 @@ from seedvr2_core.models.linear import Activation, Linear, finish, from_fp8, to_
 
 from . import config as configs
 from . import doctor, loop
-from .apt import CURRICULUM, AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining
+from .apt import (
+    CURRICULUM,
+    AdversarialStage,
+    DiscConfig,
+    LossConfig,
+    Phase,
+    PostTraining,
+    adversarial_workload,
+)
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
 from .discriminator import Discriminator, Readout, tap_blocks
 from .guards import GuardConfig
@@ -450,20 +458,24 @@ def merged(run: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device:
 
 
 def workload(config: LoraTraining) -> doctor.Workload:
-    """What the doctor estimates: the frozen base as a helper, and one pass with gradients."""
+    """What the doctor estimates: the frozen base as a helper, in the type it has in training; and a pass with gradients
+    of each set of adapters."""
     restorer = doctor.on_meta(lambda: Restorer(config.model))
     with torch.device("meta"):
-        base = Base(restorer, "bf16" if config.lora.base == "fp8" else config.lora.base)
+        base = Base(restorer, config.lora.base)
         adapted = AdaptedRestorer(base, config.lora)
         x = torch.empty(config.batch, 16, *doctor.DEFAULT_SAMPLE)
         u = torch.empty(config.batch)
-    return doctor.Workload(
-        trained={"g": (adapted, config.g)},
-        helpers={"base": restorer},
-        forward=lambda: adapted.velocity(x, x, u).square().mean(),
-        assists=lambda: None,
-        samples=config.batch,
-    )
+    if config.objective == "flow":
+        return doctor.Workload(
+            trained={"g": (adapted, config.g)},
+            helpers={"base": restorer},
+            forward=lambda: adapted.velocity(x, x, u).square().mean(),
+            assists=lambda: None,
+            samples=config.batch,
+        )
+    critic = doctor.on_meta(lambda: AdaptedDiscriminator(base, config.lora))
+    return adversarial_workload(post_training(config), adapted, critic, x, restorer.prompt.detach(), {"base": restorer})
 
 
 def main() -> None:

@@ -49,10 +49,11 @@ class Restorer(Arranged):
             dropped: b, which samples get the null prompt; None: none of them.
             texts: embedding l c of each sample that has another than the learned prompt; None: none of them.
         """
-        prompts = [self.prompt if text is None else self._beside(text) for text in texts or [None] * len(x)]
+        drops = [False] * len(x) if dropped is None else dropped.tolist()
+        told = zip(texts or [None] * len(x), drops, strict=True)
+        prompts = [self.prompt if drop or text is None else self._beside(text) for text, drop in told]
         if dropped is not None:
-            null = self.prompt * 0
-            prompts = [null if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+            prompts = [prompt * (not drop) for prompt, drop in zip(prompts, drops, strict=True)]
         latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
         return torch.stack(self.dit(latents, prompts, u, blocks=self.layers.of(self.dit))).to(x.dtype)
 

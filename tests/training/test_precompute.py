@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from seedvr2_core.checkpoints import load_prompts
 from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.models.vae import VAEConfig, VideoVAE
+from tests.training.test_data import write_clip
 from training import precompute
 from training.data import DataConfig, Dataset
 from training.precompute import (
@@ -33,8 +34,6 @@ from training.precompute import (
 from training.procedural import still
 from training.shards import Latents, ShardReader
 from training.weights import published
-
-from .test_data import write_clip
 
 CONFIG = Precompute(
     vae=Path("unused"),

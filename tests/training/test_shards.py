@@ -208,7 +208,7 @@ def test_a_lost_shard_stops_training_in_words(tmp_path):
 def test_a_damaged_index_says_how_to_mend_it(tmp_path):
     write(tmp_path)
     (tmp_path / "index/hq.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(CheckpointError, match="index is damaged.*finished shards are kept"):
+    with pytest.raises(CheckpointError, match=r"index is damaged.*finished shards are kept"):
         ShardReader(tmp_path)
     (tmp_path / "index/about.json").write_text("{")
     with pytest.raises(CheckpointError, match="index is damaged"):

@@ -38,7 +38,13 @@ CONFIG = VAETraining(
     optim=OptimConfig(lr=1e-4, final_lr=1e-5, warmup=0, full_rate_inputs=50),
     crops=(Crops(batch=1, size=32, frames=5), Crops(batch=2, size=32)),
 )
-GAME = replace(CONFIG, w_g=0.05, adv_from=0.5, disc=DiscConfig(model=PatchConfig(width=8, levels=2, groups=4)))
+GAME = replace(
+    CONFIG,
+    start="random",
+    w_g=0.05,
+    adv_from=0.5,
+    disc=DiscConfig(model=PatchConfig(width=8, levels=2, groups=4)),
+)
 
 
 class Stopping(VAEStage):
