@@ -33,7 +33,7 @@ def dit_config(header: Header, stored: Mapping[str, str]) -> DiTConfig:
     mlp = "swiglu" if f"blocks.0.mlp.{stream}.proj_in_gate.weight" in stored else "gelu"
     stated = _Stated.of(header)
     windows = stated.inner("windows")
-    splits, train_area = windows.counts("splits", 3), windows.counts("train_area", 2)
+    splits, train_area, size = windows.counts("splits", 3), windows.counts("train_area", 2), windows.counts("size", 3)
     known = WindowConfig()
     heads, odd = divmod(shapes.size(f"blocks.0.attn.proj_qkv.{stream}.weight", 0, 2), 3 * head_dim)
     if odd or not heads:
@@ -60,6 +60,7 @@ def dit_config(header: Header, stored: Mapping[str, str]) -> DiTConfig:
             splits=Grid(*splits) if splits else known.splits,
             train_area=train_area or known.train_area,
             max_t=windows.count("max_t", known.max_t),
+            size=Grid(*size) if size else None,
         ),
     )
 

@@ -161,7 +161,6 @@ def test_what_is_not_there_is_refused_in_a_sentence(tmp_path, capsys):
 
 def test_twins_learn_the_same_in_their_own_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(window_study, "TWIN_STILLS", 2)
-    monkeypatch.setattr(window_study, "TWIN_SAMPLING", 1)
     words = ["--steps", "2", "--sizes", "48x48", "--pictures", "2"]
     assert window_study.main(["--twins", "--out", str(tmp_path), *words]) == 0
     sizes = [dit_config(tmp_path / name).windows.size for name in ("adaptive", "fixed_1_x_4_x_4")]

@@ -54,7 +54,7 @@ def test_sizes_of_an_unpublished_vae_are_read_off_its_shapes(vae):
 
 
 def test_settings_that_shapes_cannot_show_come_from_the_metadata(dit, vae):
-    windows = WindowConfig(splits=Grid(2, 1, 1), train_area=(8, 8), max_t=6)
+    windows = WindowConfig(splits=Grid(2, 1, 1), train_area=(8, 8), max_t=6, size=Grid(1, 2, 3))
     stated = replace(dit.config, windows=windows, modulate_last_text=True)
     assert detect(header(dit.state_dict(), {"seedvr2_config": json.dumps(asdict(stated))})).parts[0].config == stated
     stated = replace(vae.config, groups=16, scale=1.25)
@@ -71,6 +71,7 @@ def test_settings_that_shapes_cannot_show_come_from_the_metadata(dit, vae):
         '{"windows": {"splits": [0, 1, 1]}}',
         '{"windows": {"splits": [4, 3]}}',
         '{"windows": {"max_t": true}}',
+        '{"windows": {"size": [1, 0, 4]}}',
         '{"windows": {"train_area": [1e9, 1]}}',
         '{"modulate_last_text": "yes"}',
     ],
