@@ -206,3 +206,9 @@ def test_something_else_in_place_of_the_table_is_refused(folder):
         Dataset.load(folder)
     with pytest.raises(MediaError, match="is no table"):
         load_table(folder / FILTER_FILE)
+
+
+def test_a_table_that_leaves_nothing_is_named(folder):
+    main(["filter", "--data", str(folder), "image_pixels=1000000000", "clip_side=100000"])
+    with pytest.raises(MediaError, match=f"{FILTER_FILE} leaves none of .* other limits"):
+        Dataset.load(folder, DataConfig(stills=0))
