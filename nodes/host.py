@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..seedvr2_core.checkpoints.folders import COMFYUI_FOLDERS, EXTENSIONS
 from ..seedvr2_core.errors import MediaError
+from ..seedvr2_core.pipeline import is_out_of_memory
 
 __all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io", "ui"]
 
@@ -112,8 +113,21 @@ def free_bytes() -> int:
 
 
 def empty_frames(count: int, height: int, width: int, channels: int) -> Tensor:
-    """Room for frames T H W c where ComfyUI keeps images between nodes, in fp32."""
-    return torch.empty(count, height, width, channels, device=management.intermediate_device())
+    """Room for frames T H W c where ComfyUI keeps images between nodes, in fp32.
+
+    Raises:
+        MediaError: there is not enough.
+    """
+    place = management.intermediate_device()
+    try:
+        return torch.empty(count, height, width, channels, device=place)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MediaError(
+            f"{count} frames of {width} x {height} do not fit into the memory of {place.type} at once; choose a "
+            "smaller size, or restore from file to file with SeedVR2 Restore Video."
+        ) from error
 
 
 def keep(x: Tensor) -> Tensor:
@@ -193,12 +207,19 @@ def source_file(video: Input.Video | None, path: str) -> Iterator[Path]:
     its own way, which is 8 bits of H.264.
 
     Raises:
-        MediaError: neither is given, or both.
+        MediaError: neither is given, or both, or there is no such file.
     """
     if (video is None) == (not path.strip()):
-        raise MediaError("Connect a video or write a path to one; exactly one of the two is needed.")
+        found = "Neither is a video connected nor" if video is None else "A video is connected, and also"
+        raise MediaError(f"{found} a path written; give one of the two.")
     if video is None:
-        yield named_file(path)
+        file = named_file(path)
+        if not file.exists():
+            raise MediaError(
+                f"{file} does not exist; write the whole path of a file on the machine of ComfyUI, or the name of one "
+                "in its input folder."
+            )
+        yield file
         return
     source = video.get_stream_source()
     if isinstance(source, str) and not is_cut(video, source):

@@ -78,7 +78,7 @@ def load_model(path: Path, precision: str = AUTO, attention: str = AUTO, compile
 def check_compiler() -> None:
     """Raises SettingError where torch cannot compile for the device, before a large model is loaded for it."""
     try:
-        torch.compile(torch.square)(torch.ones(8, device=host.device()))
+        torch.compile(lambda x: x * x)(torch.ones(8, device=host.device()))
     except (RuntimeError, ImportError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SettingError(
@@ -88,7 +88,7 @@ def check_compiler() -> None:
 
 
 def stays() -> bool:
-    """Whether models stay where they were loaded, so that weights may be packed; else ComfyUI moves them as it likes."""
+    """Whether models stay where they were loaded and may be packed for it; elsewhere ComfyUI moves them as it likes."""
     return host.device().type == "cpu"
 
 
@@ -105,11 +105,9 @@ def ready(
     Raises:
         SettingError: there is not enough memory, whatever ComfyUI could put elsewhere.
     """
-    models = _models(model, vae)
     if stays():
-        plan_clip(models, settings, size, frames)  # refused before anything is done
-        return models
-    plan = plan_clip(models, settings, size, frames, device=host.device(), budget=host.free_bytes())
+        return _models(model, vae)
+    plan = plan_clip(_models(model, vae), settings, size, frames, device=host.device(), budget=host.free_bytes())
     loaded = [part for part in (model, vae) if part is not None]
     # Blocks that take turns on the device are not ComfyUI's to move.
     staying = [part.patcher for part in loaded if part is vae or not plan.streamed]

@@ -10,6 +10,11 @@ from ..seedvr2_core.progress import SHARES, Overall
 from . import host
 
 
+def counted(frames: int) -> str:
+    """A number of frames as people say it."""
+    return "1 frame" if frames == 1 else f"{frames} frames"
+
+
 class Shown:
     """Shows the progress of one clip on a node.
 

@@ -22,7 +22,7 @@ from .models import (
     vae_of,
 )
 from .options import Options, settings_of
-from .progress import Shown
+from .progress import Shown, counted
 
 # What Load Image gives for a picture without alpha: nothing masked, in this size.
 NO_MASK = (64, 64)
@@ -83,7 +83,7 @@ class RestoreFrames(io.ComfyNode):
                 restored[at : at + len(piece)] = piece
                 at += len(piece)
                 show.preview(piece[-1])
-        progress.finish(f"{len(frames)} frames, {columns} x {rows}")
+        progress.finish(f"{counted(len(frames))}, {columns} x {rows}")
         alpha = restored[..., 3] if frames.shape[-1] == 4 else restored.new_ones(1).expand(restored.shape[:3])
         return io.NodeOutput(restored[..., : images.shape[-1]].contiguous(), 1 - alpha)
 
@@ -139,12 +139,18 @@ class RestoreVideo(io.ComfyNode):
         vae: LoadedVAE | None = None,
         options: Options | None = None,
     ) -> io.NodeOutput:
-        model, vae = best(model, vae)
-        settings = settings_of(
-            options, target=inputs.target(size), seed=seed, color=color, strength=strength, attention=model.attention
-        )
         with host.source_file(video, path) as source:
             info = probe(source)
+            # Only then: models may have to be fetched.
+            model, vae = best(model, vae)
+            settings = settings_of(
+                options,
+                target=inputs.target(size),
+                seed=seed,
+                color=color,
+                strength=strength,
+                attention=model.attention,
+            )
             suffix = (source.suffix.lower() or ".mp4") if format == FORMATS[0] else f".{format}"
             rows, columns = settings.target.size(info.height, info.width)
             saved = host.output_file(filename_prefix, suffix, columns, rows)
@@ -152,7 +158,7 @@ class RestoreVideo(io.ComfyNode):
             progress = host.Progress(cls.hidden.unique_id)
             show = Shown(progress)
             report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview)
-            progress.finish(f"{report.frames} frames, {columns} x {rows}")
+            progress.finish(f"{counted(report.frames)}, {columns} x {rows}")
         return io.NodeOutput(InputImpl.VideoFromFile(str(saved.path)), str(saved.path), ui=saved.preview)
 
     @classmethod

@@ -235,6 +235,7 @@ class ColorFix(io.ComfyNode):
             progress((index + 1) / len(images), f"colours: {index + 1} of {len(images)} frames")
             if frames_are == inputs.IMAGES:
                 transfer = ColorTransfer(color)
+        progress.finish("colours: done")
         return io.NodeOutput(fixed)
 
 

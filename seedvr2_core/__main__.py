@@ -76,7 +76,7 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, metavar="IN", help="video, image or folder of numbered images")
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write; without a suffix: folder of images")
     parser.add_argument("--model", help="nano, 3b, 7b or a file (default: the best found on this machine, else nano)")
-    parser.add_argument("--vae", type=Path, help="autoencoder (default: the one that belongs to the model)")
+    parser.add_argument("--vae", help="nano, 3b, 7b or a file (default: the one that belongs to the model)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--scale", type=float, help="enlarge by this factor (default: 2)")
     size.add_argument("--short-side", type=int, metavar="PIXELS", help="pixels of the shorter side")

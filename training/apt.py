@@ -66,6 +66,8 @@ class DiscConfig:
     backward: Literal["joint", "replay"] = setting(
         "joint", "one graph; or a member at a time: a quarter of the memory, a quarter more compute"
     )
+    # SeedVR2 keeps it: the degraded latent holds the game together.
+    reset_on_phase: bool = setting(False, "start the discriminator again when clips join the images", source="APT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +220,16 @@ class AdversarialStage:
             return self._generate(sample, scale)
         finally:
             self.discriminator.requires_grad_(True)
+
+    @property
+    def restarted(self) -> tuple[str, ...]:
+        """See `loop.Restarting`."""
+        return ("d",) if self.config.disc.reset_on_phase else ()
+
+    def restarts(self, before: int, step: int) -> bool:
+        """Whether images alone were what there was until `before`, and there are clips at `step`."""
+        first, then = (lengths_at(at, self.config.run.steps, self.config.curriculum) for at in (before, step))
+        return max(first) == 1 < max(then)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         return latent_errors(module, self.latents, steps=(1,))
@@ -406,17 +418,6 @@ def adversarial_workload(
         critique = discriminator(generator.velocity(x, x, u), x, prompts, u)
         return critique.logits.sum() + losses.feature_distances(critique.features, real).mean()
 
-    def frozen() -> Tensor:
-        # What the backward pass would need for the discriminator's own weights is not kept in this half.
-        learning = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        try:
-            return generate()
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)
-
     def assists() -> None:
         generator.velocity(x, x, u)
         if copies == 1:
@@ -429,7 +430,7 @@ def adversarial_workload(
         forward=lambda: judge(copies),
         assists=assists,
         samples=len(x),
-        others=(frozen,),
+        others=((generate, discriminator),),
     )
 
 

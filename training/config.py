@@ -365,13 +365,40 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between a saved config and a new one: (old, new)."""
-    before, after = flatten(old), flatten(plain(config))
+    """Dotted keys whose values differ between a saved config and a new one: (old, new).
+
+    A setting that did not exist when the old one was saved had its default.
+    """
+    before, after = flatten(_filled(old, defaults(config))), flatten(plain(config))
     return {
         key: (before.get(key), after.get(key))
         for key in {**before, **after}
         if before.get(key, MISSING) != after.get(key, MISSING)
     }
+
+
+def _filled(old: Mapping[str, Any], missing: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with what it does not know."""
+    both = {
+        name: _filled(old[name], value) if isinstance(old[name], Mapping) and isinstance(value, Mapping) else old[name]
+        for name, value in missing.items()
+        if name in old
+    }
+    return {**missing, **old, **both}
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """What the fields of a config are if nobody says anything, where they are anything, as nested dicts."""
+    found = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            found[entry.name] = defaults(value)
+        elif entry.default is not MISSING:
+            found[entry.name] = plain(entry.default)
+        elif entry.default_factory is not MISSING:
+            found[entry.name] = plain(entry.default_factory())
+    return found
 
 
 def frozen_keys(config: Any, prefix: str = "") -> Iterator[str]:

@@ -35,9 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seedvr2_core.device import free_bytes
 from seedvr2_core.models.dit import Block
-from seedvr2_core.models.vae import VideoVAE, posterior
 
-from . import losses
 from .config import OptimConfig, parse_command, to_yaml
 from .journal import METRICS, read
 from .parallel import Arranged, Layers
@@ -67,8 +65,8 @@ class Workload:
     forward: Callable[[], Tensor]  # one micro-batch, up to its loss, with gradients
     assists: Callable[[], object]  # passes without gradients that go with it
     samples: int  # of a micro-batch
-    # The same for the other modules, each in its own half of a step; only their memory is counted, not what they do.
-    others: tuple[Callable[[], Tensor], ...] = ()
+    # Forward passes of the other halves of a step, each with the module that is frozen in it; only their memory counts.
+    others: tuple[tuple[Callable[[], Tensor], nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,15 @@ def measure(config: Any, workload: Workload) -> Cost:
     helpers = sum(stored_bytes(module, half) for module in workload.helpers.values())
     with FlopCounterMode(display=False) as counter:
         workload.forward()
-        forward = counter.get_total_flops()
+        once = counter.get_total_flops()
         with torch.no_grad():
             workload.assists()
-        assists = counter.get_total_flops() - forward
+        assists = counter.get_total_flops() - once
     scale = (0.5 if half else 1.0) / parallel.sp
-    modules = [module for module, _ in trained]
-    halves = [followed(run, modules, config.run.micro_batches > 1) for run in (workload.forward, *workload.others)]
+    modules = [*(module for module, _ in trained), *workload.helpers.values()]
+    accumulates = config.run.micro_batches > 1
+    halves = [followed(workload.forward, modules, accumulates)]
+    halves += [followed(forward, modules, accumulates, frozen) for forward, frozen in workload.others]
     peak = max(followed_half.peak(scale, 1 / shards) for followed_half in halves)
     if half or shards > 1:
         peak += layer_bytes(modules) // (2 if half else 1)
@@ -164,7 +164,7 @@ def measure(config: Any, workload: Workload) -> Cost:
         helpers=helpers // shards,
         activations=int(halves[0].kept * scale),
         peak=int(peak),
-        flops=forward * (1 + BACKWARD + parallel.activation_checkpoint) + assists,
+        flops=once * (1 + BACKWARD + parallel.activation_checkpoint) + assists,
         samples=workload.samples,
     )
 
@@ -256,11 +256,25 @@ class Followed:
         return most
 
 
-def followed(forward: Callable[[], Tensor], modules: Sequence[nn.Module], accumulates: bool = False) -> Followed:
-    """Follow a forward pass and its backward pass; with `accumulates` two of them, which add up their gradients."""
+def followed(
+    forward: Callable[[], Tensor],
+    modules: Sequence[nn.Module],
+    accumulates: bool = False,
+    frozen: nn.Module | None = None,
+) -> Followed:
+    """Follow a forward pass and its backward pass.
+
+    Args:
+        forward: up to the loss.
+        modules: all that take part; their weights are there already, and their gradients are told from activations.
+        accumulates: follow two of both, which add up their gradients.
+        frozen: module that does not learn meanwhile.
+    """
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    lives = Lives([*parameters, *buffers])
+    resting = [parameter for parameter in (frozen.parameters() if frozen else ()) if parameter.requires_grad]
+    lives = Lives([*parameters, *(buffer for module in modules for buffer in module.buffers())])
+    for parameter in resting:
+        parameter.requires_grad_(False)
     # Replaced, because a mode of torch's would not reach what a backward pass computes again.
     with patch.object(F, "scaled_dot_product_attention", fused_attention), lives:
         loss = forward()
@@ -269,22 +283,15 @@ def followed(forward: Callable[[], Tensor], modules: Sequence[nn.Module], accumu
         if accumulates:
             forward().backward()
         del loss
-    # What is left are the gradients; scattered ones were gathered in place.
+    for parameter in resting:
+        parameter.requires_grad_(True)
+    # All that is left.
     own = {parameter.grad.untyped_storage()._cdata for parameter in parameters if parameter.grad is not None}
     gradients = {number for key, number in lives.alive.items() if key in own}
     events = [(lives.sizes[number] * sign, number in gradients) for number, sign in lives.events]
     for parameter in parameters:
         parameter.grad = None
     return Followed(kept, events)
-
-
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, of what it made itself."""
-    lives = Lives(())
-    with lives:
-        loss = forward()
-    del loss
-    return lives.now
 
 
 def estimate(config: Any, workload: Workload) -> str:

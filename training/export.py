@@ -56,7 +56,7 @@ def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Te
         prefix = f"{PREFIXES[what]}/"
         names = {name: size for name, size in state.stored(found[at]).items() if name.startswith(prefix)}
         tensors = {name: torch.empty(size) for name, size in names.items()}
-        dcp.load(tensors, checkpoint_id=found[at], no_dist=True)
+        state.quietly(dcp.load, tensors, checkpoint_id=found[at], no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if averages and at in kept:
         return load_file(kept[at])

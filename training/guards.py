@@ -32,6 +32,14 @@ NO_PENALTY = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
+class RollbackConfig:
+    """Instead of stopping a run: back to its last complete checkpoint, past the data that followed it, and slower."""
+
+    max: int = setting(2, "times within a run; 0: never", least=0)
+    lr_factor: float = setting(0.5, "on the learning rate, each time", least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """When to worry. The bounds of the game are from a run of 1 M parameters, healthy and not."""
 
@@ -52,6 +60,9 @@ class GuardConfig:
     sharpness: float = setting(1.5, "restored over real energy of fine detail", least=0)
     worse: float = setting(0.2, "share by which validation is worse than its best", least=0)
     worse_checks: int = setting(5, "validations in a row that are so before the run stops", least=1)
+    rollback: RollbackConfig = RollbackConfig()
+    extra_turns: int = setting(0, "more updates of the generator a step while the discriminator wins; 2 helps", least=0)
+    extra_until: float = setting(0.9, "share of pairs told apart below which that ends", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class _Memory:
     non_finite: list[int] = field(default_factory=list)  # steps
     best: float = math.inf
     worse: int = 0
+    outplayed: bool = False  # the discriminator was found to win, and has not been caught up with
 
 
 class Guards:
@@ -137,6 +149,7 @@ class Guards:
             "non_finite": list(memory.non_finite),
             "best": memory.best,
             "worse": memory.worse,
+            "outplayed": memory.outplayed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,7 +160,19 @@ class Guards:
             non_finite=list(state["non_finite"]),
             best=state["best"],
             worse=state["worse"],
+            # Checkpoints of older runs do not know of it.
+            outplayed=state.get("outplayed", False),
         )
+
+    @property
+    def extra_turns(self) -> int:
+        """How many more updates than one the generator gets in a step, as things stand."""
+        return self.config.extra_turns if self.memory.outplayed else 0
+
+    def forgive(self) -> None:
+        """Forget what counted towards a stop: the run has gone back, and goes another way."""
+        self.memory.non_finite.clear()
+        self.memory.worse = 0
 
     def _non_finite(self, step: int, names: list[str]) -> Verdict:
         seen = self.memory.non_finite
@@ -193,7 +218,10 @@ class Guards:
         loss, gap, accuracy = (self._mean(name, scalars[name], GAME_DECAY) for name in ("d_adv", "gap", "accuracy"))
         state = f"adversarial loss {loss:.3f}, gap {gap:.2f}, accuracy {accuracy:.2f}"
         wins = loss < config.wins_loss or gap > config.wins_gap or accuracy > config.wins_accuracy
+        if accuracy < config.extra_until:
+            self.memory.outplayed = False
         if lasted := self._lasts("wins", wins, config.patience):
+            self.memory.outplayed = True
             yield _alert(f"The discriminator has been winning for {lasted} steps ({state}); raise the weights of the "
                          "penalties or lower its learning rate.")
         loses = loss > config.loses_loss and gap < config.loses_gap

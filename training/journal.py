@@ -34,20 +34,33 @@ class Journal:
         self.events = self._open_events() if tensorboard and directory else None
 
     def __enter__(self) -> Journal:
-        if self.directory is not None:
-            # A row of metrics belongs to the step that begins at its number, a validation to the one that ended there.
-            trim(self.directory / METRICS, self.step)
-            trim(self.directory / VALIDATION, self.step + 1)
-            for name in (METRICS, VALIDATION, ALERTS):
-                self.files[name] = open(self.directory / name, "a", buffering=1, encoding="utf-8")
+        self._open(self.step)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def rewind(self, step: int) -> None:
+        """Drop what was written from a step on; the run goes back there. Alerts are kept."""
+        self._close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        if self.directory is None:
+            return
+        # A row of metrics belongs to the step that begins at its number, a validation to the one that ended there.
+        trim(self.directory / METRICS, step)
+        trim(self.directory / VALIDATION, step + 1)
+        for name in (METRICS, VALIDATION, ALERTS):
+            self.files[name] = open(self.directory / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def _close(self) -> None:
         for name, file in self.files.items():
             try:
                 file.close()
             except OSError as error:
                 log.warning("%s lacks its last lines: %s", name, error)
+        self.files.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
         for name, count in self.failures.items():
             log.warning("%d lines of %s could not be written when they were due.", count, name)
         if self.events is not None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,16 @@ class Stage(Protocol):
 
         Args:
             name: of the module that will be updated.
-            step: of the run.
-            micro: number of the micro-batch among those of the step in all processes; with the step it says what
-                every random draw is.
+            step: of the run, and of the data: where a run went back and skipped some, they are not the same, and
+                this is the latter.
+            micro: number of the micro-batch among those of the step in all processes, and beyond them where a module
+                gets another turn; with the step it says what every random draw is.
             scale: makes the sum over micro-batches a mean.
 
         Returns:
             what is worth logging. "samples", "tokens" and "data_seconds" (spent waiting) add up, of all else the mean
-            is taken. Where several modules are trained their names differ.
+            is taken. Where several modules are trained their names differ. {}: there is no gradient, and the module
+            stays as it is.
         """
 
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -69,6 +71,29 @@ class Stage(Protocol):
 
     def preview(self, module: nn.Module) -> Sequence[Preview]:
         """Fixed held-out samples restored by the averaged module; () where there is nothing to see."""
+
+
+@runtime_checkable
+class Restarting(Protocol):
+    """A stage of which some modules start again in the middle of a run."""
+
+    restarted: Sequence[str]  # their names
+
+    def restarts(self, before: int, step: int) -> bool:
+        """Whether they do so after step `before` and before step `step`, which follows it; both as in `backward`."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A run that was to be stopped went back instead, and goes on with other data."""
+
+    failed: int  # the step that was its last
+    to: int  # the step that it makes again
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose data is not used again."""
+        return self.failed + 1 - self.to
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,10 @@ class Preempted(SystemExit):
 
 class Stopped(SystemExit):
     """A guard stopped the run; there is no point in going on as it is. Exit code 3 or 4, see `training.guards`."""
+
+    def __init__(self, code: int, sentence: str = ""):
+        super().__init__(code)
+        self.sentence = sentence
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -190,6 +219,9 @@ class Trainer:
         self.checkpoints = state.Checkpoints(
             directory, self.processes, keep=self.config.keep, asynchronous=self.config.async_save
         )
+        restarted = stage.restarted if isinstance(stage, Restarting) else ()
+        self.starts = {name: [own.cpu().clone() for own in weights(stage.modules[name])] for name in restarted}
+        self.rollbacks: list[Rollback] = []
         self.hash = configs.config_hash(config)
         self.first = self._begin(config)
 
@@ -200,25 +232,28 @@ class Trainer:
             last = min(last, self.first + self.session.most_steps)
         writes = self.directory if self.processes.first else None
         progress = tqdm(
-            range(self.first, last),
-            initial=self.first,
-            total=config.steps,
-            desc=self.directory.name,
-            disable=not self.processes.first,
+            initial=self.first, total=config.steps, desc=self.directory.name, disable=not self.processes.first
         )
-        with Journal(writes, self.first, config.tensorboard) as self.journal, asked_to_stop() as asked:
-            for step in progress:
-                row = self._step(step)
-                progress.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name.endswith("loss")})
-                done = step + 1
-                hours = (time.monotonic() - started) / 3600
-                over = asked.is_set or (config.max_hours is not None and hours >= config.max_hours)
-                # Any process may have been asked; all of them stop after the same step.
-                over = max(self.processes.mean([float(over)])) > 0 or done == last
-                self._after(done, over)
+        step = self.first
+        with Journal(writes, step, config.tensorboard) as self.journal, asked_to_stop() as asked, progress:
+            while step < last:
+                try:
+                    row = self._step(step)
+                    done = step + 1
+                    progress.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name.endswith("loss")})
+                    progress.update(done - progress.n)
+                    hours = (time.monotonic() - started) / 3600
+                    over = asked.is_set or (config.max_hours is not None and hours >= config.max_hours)
+                    # Any process may have been asked; all of them stop after the same step.
+                    over = max(self.processes.mean([float(over)])) > 0 or done == last
+                    self._after(done, over)
+                except Stopped as stopped:
+                    step = self._roll_back(step, stopped)
+                    continue
                 if over and done < config.steps:
                     log.info("Stopped after step %d; the same command goes on from there.", done)
                     raise Preempted
+                step = done
         self.ema.copy_to(self.module)
         reshard(self.module)
         return self.module
@@ -228,8 +263,17 @@ class Trainer:
     def _step(self, step: int) -> dict[str, float]:
         start = time.perf_counter()
         row: dict[str, float] = {"step": step}
+        if self.starts and step > 0 and self.stage.restarts(self._place(step - 1), self._place(step)):
+            self._restart(step)
         for name, module in self.stage.modules.items():
-            row |= self._update(name, module, step)
+            turns = 1 + (self.session.guards.extra_turns if name == self.stage.averaged else 0)
+            added: dict[str, float] = {}
+            for turn in range(turns):
+                scalars = self._update(name, module, step, turn)
+                added |= {unit: added.get(unit, 0) + scalars[unit] for unit in ADD_UP if unit in scalars}
+                row |= scalars | added
+            if turns > 1:
+                row[f"{name}_turns"] = turns
         seconds = time.perf_counter() - start
         row["seconds"] = round(seconds, 4)
         for unit in ("samples", "tokens"):
@@ -242,10 +286,24 @@ class Trainer:
         self.journal.metrics(row)
         return row
 
-    def _update(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
+    def _place(self, step: int) -> int:
+        """The step of the data that a step of the run uses."""
+        return step + sum(back.skipped for back in self.rollbacks if step >= back.to)
+
+    @torch.no_grad()
+    def _restart(self, step: int) -> None:
+        """Give modules the weights that they had before the run, and optimisers that have seen nothing."""
+        for name, start in self.starts.items():
+            torch._foreach_copy_(weights(self.stage.modules[name]), start)
+            self.optimizers[name].state.clear()
+            reshard(self.stage.modules[name])
+            log.info("At step %d %r starts again.", step, name)
+
+    def _update(self, name: str, module: nn.Module, step: int, turn: int) -> dict[str, float]:
         """One update of one module: all its micro-batches, and a step of its optimiser."""
         optimizer, optim = self.optimizers[name], self.optims[name]
-        rate = learning_rate(step, self.config.steps, optim)
+        slower = self.session.guards.config.rollback.lr_factor ** len(self.rollbacks)
+        rate = slower * learning_rate(step, self.config.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * rate
         # Another module's update may have left gradients here.
@@ -253,7 +311,10 @@ class Trainer:
         rows = []
         for micro in self.micros:
             set_last_micro(module, micro == self.micros[-1])
-            rows.append(self.stage.backward(name, step, micro, 1 / len(self.micros)))
+            number = micro + turn * self.config.micro_batches
+            rows.append(self.stage.backward(name, self._place(step), number, 1 / len(self.micros)))
+        if not any(rows):
+            return {}
         norm = gradient_norm(module)
         scalars = self._means(rows)
         prefix = f"{name}_" if len(self.optims) > 1 else ""
@@ -274,8 +335,38 @@ class Trainer:
         if verdict.action != "go":
             self.journal.alert(step, verdict.sentence, scalars)
         if verdict.action == "stop":
-            log.error("Stopped at step %d. %s", step, verdict.sentence)
-            raise Stopped(verdict.exit_code)
+            raise Stopped(verdict.exit_code, verdict.sentence)
+
+    def _roll_back(self, step: int, stopped: Stopped) -> int:
+        """Go back to the last complete checkpoint of this run instead of stopping in this step; the step it is at.
+
+        Raises:
+            Stopped: there is no checkpoint, or the run has gone back too often.
+        """
+        guards = self.session.guards
+        self._settle(step, wait=True)
+        path = self.checkpoints.last
+        if path is None or len(self.rollbacks) >= guards.config.rollback.max:
+            log.error("Stopped at step %d. %s", step, stopped.sentence)
+            raise stopped
+        before = self.rollbacks
+        back = Rollback(step, self._load(path))
+        self.rollbacks = [*before, back]
+        guards.forgive()
+        # So that a run which is killed now knows of it, too.
+        self.checkpoints.amend(path, {"guards": guards.state_dict(), **self._history()})
+        self.journal.alert(
+            step,
+            f"Back to step {back.to} instead of stopping, for the {len(self.rollbacks)}th time: the data of "
+            f"{back.skipped} steps is skipped, and the learning rate is {guards.config.rollback.lr_factor:g} times "
+            "what it was.",
+            {"failed": back.failed, "to": back.to},
+        )
+        self.journal.rewind(back.to)
+        return back.to
+
+    def _history(self) -> dict[str, Any]:
+        return {"rollbacks": [[back.failed, back.to] for back in self.rollbacks]}
 
     def _means(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Scalars of a step from those of its micro-batches in all processes."""
@@ -344,7 +435,10 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "preempted": wait and done < self.config.steps,
             "guards": self.session.guards.state_dict(),
+            **self._history(),
         }
+        # Settled apart: that the one before failed is no reason to leave this one out.
+        self._settle(done, wait=True)
         try:
             self.checkpoints.save(done, self._tensors(), meta)
             if wait:
@@ -354,9 +448,9 @@ class Trainer:
             if wait:
                 raise
 
-    def _settle(self, done: int) -> None:
+    def _settle(self, done: int, wait: bool = False) -> None:
         try:
-            self.checkpoints.settle(wait=False)
+            self.checkpoints.settle(wait)
         except CheckpointError as error:
             self.journal.alert(done, str(error))
 
@@ -391,14 +485,23 @@ class Trainer:
     def _load(self, path: Path) -> int:
         names = state.stored(path)
         for name, module in self.stage.modules.items():
+            reshard(module)
+            self.optimizers[name].state.clear()
             state.prepare_optimizer(name, module, self.optimizers[name], names)
         tensors = {name: value for name, value in self._tensors().items() if not name.startswith("rng/")}
         meta = self.checkpoints.load(path, tensors)
         state.restore_generators(path, self.processes.rank)
         self.ema.updates = meta["ema_updates"]
         self.session.guards.load_state_dict(meta["guards"])
+        # Checkpoints of older runs do not know of it.
+        self.rollbacks = [Rollback(*back) for back in meta.get("rollbacks", ())]
         log.info("Continuing %s at step %d.", self.directory, meta["step"])
         return meta["step"]
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    """What this process holds of a module's parameters."""
+    return [local(parameter.detach()) for parameter in module.parameters()]
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

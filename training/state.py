@@ -52,6 +52,7 @@ class Checkpoints:
         self.directory, self.keep, self.asynchronous = directory / FOLDER, keep, asynchronous
         self.processes = processes or Processes()
         self.pending: tuple[Path, dict[str, Any], Future] | None = None
+        self.last: Path | None = None  # of the complete ones that this run saved or began with
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
         """Begin a checkpoint; `settle` completes it. The tensors may change as soon as this returns.
@@ -72,9 +73,9 @@ class Checkpoints:
             self.processes.agree(None)
             options = {"checkpoint_id": path, "process_group": self.processes.saving}
             if self.asynchronous:
-                future = _quietly(dcp.async_save, dict(tensors), **options)
+                future = quietly(dcp.async_save, dict(tensors), **options)
             else:
-                future.set_result(_quietly(dcp.save, dict(tensors), **options))
+                future.set_result(quietly(dcp.save, dict(tensors), **options))
         except FAILURES as error:
             future.set_exception(error)
         self.pending = (path, meta, future)
@@ -94,6 +95,7 @@ class Checkpoints:
             future.result()
             if self.processes.first:
                 self._complete(path, meta)
+            self.last = path
         except FAILURES as error:
             if self.processes.first:
                 remove(path)
@@ -115,6 +117,12 @@ class Checkpoints:
         link.replace(self.directory / LATEST)
         for old in complete(self.directory)[: -self.keep]:
             remove(old)
+
+    def amend(self, path: Path, meta: Mapping[str, Any]) -> None:
+        """Change what a complete checkpoint says besides its tensors."""
+        if self.processes.first:
+            write_whole(path / META, json.dumps({**json.loads((path / META).read_text("utf-8")), **meta}, indent=1))
+        self.processes.agree(None)
 
     def newest(self) -> Path | None:
         """The last complete checkpoint, the same for all processes."""
@@ -144,7 +152,8 @@ class Checkpoints:
                     f"{path} is of another model: {name!r} is {tuple(saved[name])} there and "
                     f"{tuple(tensor.shape)} here."
                 )
-        _quietly(dcp.load, wanted, checkpoint_id=path, process_group=self.processes.saving)
+        quietly(dcp.load, wanted, checkpoint_id=path, process_group=self.processes.saving)
+        self.last = path
         return json.loads((path / META).read_text("utf-8"))
 
 
@@ -192,7 +201,7 @@ def load_averaged(directory: Path, name: str = "ema") -> dict[str, Tensor]:
         raise CheckpointError(f"{directory} holds no complete checkpoint; run the stage that writes it first.")
     names = {key: size for key, size in stored(found[-1]).items() if key.startswith(f"{name}/")}
     tensors = {key: torch.empty(size) for key, size in names.items()}
-    _quietly(dcp.load, tensors, checkpoint_id=found[-1], no_dist=True)
+    quietly(dcp.load, tensors, checkpoint_id=found[-1], no_dist=True)
     return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()}
 
 
@@ -258,7 +267,7 @@ def restore_generators(path: Path, rank: int) -> None:
     states = {name: state for name, state in generators(rank).items() if name in stored(path)}
     if not states:
         return
-    _quietly(dcp.load, states, checkpoint_id=path, no_dist=True)
+    quietly(dcp.load, states, checkpoint_id=path, no_dist=True)
     states = {name.rpartition("/")[2]: state for name, state in states.items()}
     random.setstate((3, tuple(states["python"].tolist()), None))
     *keys, position = states["numpy"].tolist()
@@ -278,7 +287,7 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _quietly(call: Any, *args: Any, **kwargs: Any) -> Any:
+def quietly(call: Any, *args: Any, **kwargs: Any) -> Any:
     """Without the warning that a process on its own is on its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -70,17 +70,19 @@ def _rank(info: CheckpointInfo) -> tuple[bool, bool, int, Path]:
     return bool(info.why_not), info.path.name in MULTI_STEP_FILES, quality, info.path
 
 
-def pick(model: str | None = None, vae: Path | None = None) -> tuple[Path, Path]:
+def pick(model: str | None = None, vae: str | Path | None = None) -> tuple[Path, Path]:
     """Files of the transformer and the autoencoder to use.
 
     Args:
         model: "nano", "3b", "7b" or a file. None: the best published model on this machine that has its autoencoder,
             else nano; which it is, is logged.
-        vae: file of the autoencoder. None: the one inside the transformer's file, beside it, or in the usual folders.
+        vae: the same of the autoencoder. None: the one inside the transformer's file, beside it, or in the usual
+            folders; of one as large as nano, nano's.
 
     Raises:
         CheckpointError: what was asked for is not on this machine.
     """
+    vae = None if vae is None else _named_autoencoder(str(vae))
     if model == "nano":
         return NANO_DIT, vae or NANO_VAE
     if model is None:
@@ -99,6 +101,12 @@ def pick(model: str | None = None, vae: Path | None = None) -> tuple[Path, Path]
                 "published model with: seedvr2 download 3b"
             )
     return dit, vae or _autoencoder(dit)
+
+
+def _named_autoencoder(vae: str) -> Path:
+    if vae == "nano":
+        return NANO_VAE
+    return _usual_autoencoder(vae) if vae in NAMED else Path(vae)
 
 
 def _best(vae: Path | None) -> tuple[Path, Path]:
@@ -122,12 +130,18 @@ def _one_step() -> list[CheckpointInfo]:
 
 
 def _autoencoder(dit: Path) -> Path:
-    """The autoencoder for a transformer: in its file, beside it, or the published one in the usual folders."""
+    """The autoencoder for a transformer: in its file, beside it, nano's, or the published one in the usual folders."""
     info = inspect(dit)
     if any(part.kind == "vae" for part in info.parts):
         return dit
-    beside = [i for i in find_models([dit.parent]) if i.kind == "vae" and not i.why_not]
-    usual = [i for i in find_models(search_directories()) if i.config == SEEDVR2_VAE and not i.why_not]
-    if found := next(iter([*beside, *usual]), None):
-        return found.path
-    raise CheckpointError(f"There is no autoencoder for {dit.name}; fetch it with: seedvr2 download vae")
+    beside = next((i for i in find_models([dit.parent]) if i.kind == "vae" and not i.why_not), None)
+    if beside:
+        return beside.path
+    return NANO_VAE if info.config == inspect(NANO_DIT).config else _usual_autoencoder(dit.name)
+
+
+def _usual_autoencoder(wanted_for: str) -> Path:
+    for info in find_models(search_directories()):
+        if info.config == SEEDVR2_VAE and not info.why_not:
+            return info.path
+    raise CheckpointError(f"There is no autoencoder for {wanted_for}; fetch it with: seedvr2 download vae")

@@ -19,8 +19,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,13 +61,23 @@ class Server:
         base: an empty folder for its models, inputs and outputs.
         pack: the checkout of a node pack to load in place; None for a bare host.
         arguments: more arguments for ComfyUI's main.py.
+        environment: more variables for its process.
     """
 
-    def __init__(self, comfyui: Path, base: Path, *, pack: Path | None = ROOT, arguments: Sequence[str] = ()):
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        *,
+        pack: Path | None = ROOT,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.comfyui = comfyui
         self.base = base
         self.pack = pack
         self.arguments = tuple(arguments)
+        self.environment = dict(environment)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = base / "server.log"
@@ -90,7 +101,12 @@ class Server:
         (self.base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), cwd=self.base, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=self.base,
+                env=_environment() | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         deadline = time.monotonic() + timeout
         while not self.answers():

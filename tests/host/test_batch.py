@@ -202,16 +202,17 @@ def test_a_refused_workflow_names_the_node_and_the_value(servers, photos, send, 
 
 
 def test_ctrl_c_stops_the_servers_and_leaves_only_whole_files(servers, photos, send, out):
-    run = send(servers, enlarge(), photos)
+    # Large, so that much is left to do when the signal comes.
+    run = send(servers, enlarge(2 * SIDE), photos)
     until(lambda: list(out.glob("*.png")) and all(running(server) for server in servers))
     run.process.send_signal(signal.SIGINT)
     assert run.end(20) == 130
     assert "Traceback" not in run.stderr
-    until(lambda: not any(running(server) for server in servers), 10)
+    until(lambda: not any(running(server) for server in servers), 30)
     left = names(out)
     assert not [name for name in left if name.startswith(".")]
 
-    rest = send(servers, enlarge(), photos)
+    rest = send(servers, enlarge(2 * SIDE), photos)
     assert rest.end() == 0
     assert len(rest.finished()) == len(names(photos)) - len([name for name in left if name.endswith(".png")])
 

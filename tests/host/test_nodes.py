@@ -103,12 +103,12 @@ def test_every_node_is_there(server: Server):
         assert all(name == name.lower() for name in node["output_name"])
 
 
-def test_every_input_says_what_it_is(server: Server):
+def test_every_input_and_output_says_what_it_is(server: Server):
     for node, info in server.pack_nodes().items():
+        assert all(info["output_tooltips"]), node
         for group in ("required", "optional"):
             for name, (_, *options) in info["input"].get(group, {}).items():
-                obvious = name in ("images", "vae", "model", "latent", "format")
-                assert obvious or options[0].get("tooltip"), f"{node}.{name}"
+                assert options[0].get("tooltip"), f"{node}.{name}"
 
 
 def test_a_picture_is_what_the_engine_makes_of_it(server: Server, picture):
@@ -167,14 +167,48 @@ def test_the_stages_make_what_the_one_node_makes(server: Server, picture, color)
     assert difference.max() <= 1 if color == "none" else difference.mean() < 1
 
 
-def test_a_latent_passes_through_other_nodes(server: Server, picture):
-    graph = staged(["load", 0])
-    graph["load"] = {"class_type": "LoadImage", "inputs": {"image": picture("latent.png")}}
-    graph["multiply"] = {"class_type": "LatentMultiply", "inputs": {"samples": ["restore", 0], "multiplier": 1.0}}
-    graph["decode"]["inputs"]["latent"] = ["multiply", 0]
+def test_a_latent_of_several_frames_passes_through_other_nodes(server: Server, clip):
+    graph = staged(["parts", 0])
+    graph["load"] = {"class_type": "LoadVideo", "inputs": {"file": server.upload(clip)}}
+    graph["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["load", 0]}}
+    graph["encode"]["inputs"]["size.factor"] = 1.0
+    direct = server.run(graph)
+    # Copied, and the copy taken: the same latent, b c t h w, from another node.
+    graph["repeat"] = {"class_type": "RepeatLatentBatch", "inputs": {"samples": ["restore", 0], "amount": 2}}
+    graph["second"] = {"class_type": "LatentFromBatch", "inputs": {
+        "samples": ["repeat", 0], "batch_index": 1, "length": 1
+    }}  # fmt: skip
+    graph["decode"]["inputs"]["latent"] = ["second", 0]
     entry = server.run(graph)
     assert succeeded(entry), told(entry)
-    assert pixels(server, files(entry, "save")[0]).shape == (80, 96, 3)
+    assert len(files(entry, "save")) == len(files(direct, "save")) == 13
+    for file, expected in zip(files(entry, "save"), files(direct, "save"), strict=True):
+        np.testing.assert_array_equal(pixels(server, file), pixels(server, expected))
+
+
+def test_an_image_latent_of_another_node_is_decoded_as_one_frame(server: Server):
+    entry = server.run({
+        "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 48, "batch_size": 2}},
+        "vae": VAE,
+        "decode": {"class_type": "SVR2Decode", "inputs": {
+            "latent": ["latent", 0], "vae": ["vae", 0], "tiling": "exact"
+        }},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "image_latent"}},
+    })  # fmt: skip
+    assert succeeded(entry), told(entry)
+    assert [pixels(server, file).shape for file in files(entry, "save")] == [(48, 64, 3)] * 2
+
+
+def test_a_latent_of_another_kind_is_refused_in_one_sentence(server: Server):
+    entry = server.run({
+        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "vae": VAE,
+        "decode": {"class_type": "SVR2Decode", "inputs": {
+            "latent": ["latent", 0], "vae": ["vae", 0], "tiling": "exact"
+        }},
+        "save": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
+    })  # fmt: skip
+    assert "is not of SeedVR2; expected batch x 16 x time x height x width." in told(entry)
 
 
 def test_blended_tiles_are_close_to_the_exact_way(server: Server, picture):
@@ -197,7 +231,8 @@ def test_a_video_goes_from_file_to_file(server: Server, clip):
         "load": {"class_type": "LoadVideo", "inputs": {"file": name}},
         "model": MODEL,
         "restore": {"class_type": "SVR2RestoreVideo", "inputs": {
-            "video": ["load", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/test", "format": "mkv"
+            "path": "", "video": ["load", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/test",
+            "format": "mkv"
         }},
     }  # fmt: skip
     previews = []
@@ -232,7 +267,7 @@ def test_a_cut_video_is_restored_without_the_rest(server: Server, clip):
         }},
         "model": MODEL,
         "restore": {"class_type": "SVR2RestoreVideo", "inputs": {
-            "video": ["cut", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/cut",
+            "path": "", "video": ["cut", 0], "model": ["model", 0], **COMMON, "filename_prefix": "video/cut",
             "format": "as the source"
         }},
     }  # fmt: skip
@@ -266,12 +301,20 @@ def test_a_missing_model_is_one_clear_sentence(server: Server, picture):
     assert "could not be downloaded" in told["exception_message"]
 
 
-def test_a_missing_video_is_one_clear_sentence(server: Server):
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere.mp4", "nowhere.mp4 does not exist; write the whole path"),
+        ("/there/is/no.mp4", "/there/is/no.mp4 does not exist; write the whole path"),
+        (" ", "Neither is a video connected nor a path written"),
+    ],
+)
+def test_a_missing_video_is_one_clear_sentence(server: Server, path, words):
     graph = {"restore": {"class_type": "SVR2RestoreVideo", "inputs": {
-        "path": "nowhere.mp4", **COMMON, "filename_prefix": "video/none", "format": "mkv"
+        "path": path, **COMMON, "filename_prefix": "video/none", "format": "mkv"
     }}}  # fmt: skip
-    told = failure(server.run(graph))
-    assert "nowhere.mp4 does not exist" in told["exception_message"]
+    sentence = told(server.run(graph)).strip()
+    assert words in sentence and sentence.endswith(".") and "\n" not in sentence
 
 
 def test_nothing_is_computed_twice_and_nothing_stale_is_kept(server: Server, picture):

@@ -122,12 +122,31 @@ def test_every_node_input_and_output_has_its_chinese_name(schemas):
         assert CHINESE.search(chinese[node]["display_name"]) and CHINESE.search(chinese[node]["description"]), node
 
 
-def test_what_has_a_tooltip_has_one_in_chinese(schemas):
+def test_every_input_and_output_has_a_tooltip_in_english_and_chinese(schemas):
     chinese = locale("zh")
     for node, schema in schemas.items():
         for key, entry in keys(schema).items():
-            if getattr(entry, "tooltip", None):
-                assert CHINESE.search(chinese[node]["inputs"][key].get("tooltip", "")), f"{node}.{key}"
+            if entry is None:
+                # The page explains what it adds.
+                continue
+            assert entry.tooltip, f"{node}.{key}"
+            assert CHINESE.search(chinese[node]["inputs"][key].get("tooltip", "")), f"{node}.{key}"
+        for index, entry in enumerate(schema.outputs):
+            assert entry.tooltip, f"{node}, output {index}"
+            assert CHINESE.search(chinese[node]["outputs"][str(index)].get("tooltip", "")), f"{node}, output {index}"
+
+
+def test_what_several_nodes_ask_is_explained_in_the_same_words(schemas):
+    # Within one language; a node may need or do without a model.
+    for name in ("frames_are", "size", "seed", "color", "strength", "precision", "options"):
+        entries = [entry for schema in schemas.values() for entry in schema.inputs if entry.name == name]
+        assert len(entries) > 1 and len({entry.tooltip for entry in entries}) == 1, name
+        chinese = [node["inputs"][name]["tooltip"] for node in locale("zh").values() if name in node["inputs"]]
+        assert len(set(chinese)) == 1, name
+
+
+def test_a_path_stands_first_among_the_widgets_beside_the_video_it_stands_for(schemas):
+    assert [entry.name for entry in schemas["SVR2RestoreVideo"].inputs][:3] == ["video", "path", "size"]
 
 
 def test_a_chinese_tooltip_names_every_choice_that_the_english_one_explains(schemas):

@@ -12,9 +12,10 @@ from torch import nn
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import Grid
-from training import apt, doctor
+from training import apt, doctor, journal, loop, state
 from training.apt import AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining, lengths_at
 from training.config import OptimConfig, RunConfig, check, override
+from training.guards import GuardConfig, Guards
 from training.randomness import torch_rng
 from training.restorer import Restorer
 from training.shards import HELD_OUT
@@ -57,6 +58,14 @@ def make(config, dtype=torch.float32):
     for parameter in stage.discriminator.parameters():
         nn.init.normal_(parameter, std=0.1)
     return stage
+
+
+def everything(directory):
+    """Every tensor of the last checkpoint, by name."""
+    path = state.complete(directory / "checkpoints")[-1]
+    tensors = {name: torch.empty(size) for name, size in state.stored(path).items() if not name.startswith("rng/")}
+    state.Checkpoints(directory).load(path, tensors)
+    return tensors
 
 
 def gradients(stage, name, **arguments):
@@ -282,5 +291,53 @@ def test_the_estimate_counts_both_networks_and_what_a_step_does(config):
     )
     stage = make(config)
     assert joint.parameters == {name: doctor.count(module) for name, module in stage.modules.items()}
-    assert replay.activations < 0.3 * joint.activations
+    assert replay.activations < 0.3 * joint.activations and replay.peak < joint.peak
     assert joint.flops < replay.flops < 1.5 * joint.flops
+
+
+def test_the_discriminator_starts_again_when_clips_join_the_images_if_that_is_wanted(config, tmp_path):
+    again = replace(config, disc=replace(config.disc, reset_on_phase=True),
+                    run=RunConfig(steps=8, save_every=8, validate_every=8, async_save=False))  # fmt: skip
+    assert make(config).restarted == ()
+    assert [step for step in range(1, 8) if make(again).restarts(step - 1, step)] == [4]
+
+    def run(name, wanted):
+        stage, seen = make(wanted), {}
+        start = {key: value.clone() for key, value in stage.discriminator.state_dict().items()}
+        backward = stage.backward
+
+        def watched(half, step, micro, scale):
+            if half == "d":
+                weights = stage.discriminator.state_dict()
+                seen[step] = all(torch.equal(weights[key], value) for key, value in start.items())
+            return backward(half, step, micro, scale)
+
+        stage.backward, stage.validate = watched, lambda module: {}
+        loop.run(stage, wanted, {"d": OPTIM, "g": OPTIM}, tmp_path / name)
+        return [step for step, is_fresh in seen.items() if is_fresh]
+
+    assert run("kept", replace(again, disc=config.disc)) == [0]
+    assert run("again", again) == [0, 4]
+    steps = {name: value for name, value in everything(tmp_path / "again").items() if name.endswith("/step")}
+    assert {value.item() for name, value in steps.items() if name.startswith("d.")} == {4.0}
+    assert {value.item() for name, value in steps.items() if name.startswith("g.")} == {8.0}
+
+
+def test_a_generator_that_is_outplayed_gets_more_turns_on_batches_of_their_own(config, tmp_path):
+    stage, calls = make(config), []
+    backward = stage.backward
+
+    def watched(half, step, micro, scale):
+        calls.append((half, step, micro))
+        return backward(half, step, micro, scale) | ({"accuracy": 1.0} if half == "d" else {})
+
+    stage.backward, stage.validate = watched, lambda module: {}
+    changed = replace(config, run=RunConfig(steps=4, micro_batches=2, save_every=4, validate_every=4))
+    guards = Guards(GuardConfig(on_spike="alert", patience=3, extra_turns=2))
+    loop.run(stage, changed, {"d": OPTIM, "g": OPTIM}, tmp_path, loop.Session(guards=guards))
+    turns = {step: [micro for half, at, micro in calls if half == "g" and at == step] for step in range(4)}
+    # Found in the third step, after the discriminator's update.
+    assert turns == {0: [0, 1], 1: [0, 1], 2: [0, 1, 2, 3, 4, 5], 3: [0, 1, 2, 3, 4, 5]}
+    assert [row.get("g_turns") for row in journal.read(tmp_path / "metrics.jsonl")] == [None, None, 3, 3]
+    first, later = (stage.draw("g", 3, micro) for micro in (0, 2))
+    assert not torch.equal(first.noise, later.noise)

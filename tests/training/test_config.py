@@ -255,3 +255,28 @@ def test_every_recipe_of_every_stage_is_in_range_and_survives_its_file(stage, tm
         check(recipe)
         path = yaml_file(tmp_path, f"base: {name}\n" + config.to_yaml(recipe))
         assert load_config(path, stage.RECIPES) == recipe
+
+
+def test_a_setting_that_a_saved_config_does_not_know_had_its_default():
+    @dataclass(frozen=True, kw_only=True)
+    class Model:
+        width: int = 8
+        added: int | None = None
+
+    @dataclass(frozen=True, kw_only=True)
+    class Experiment:
+        run: RunConfig
+        model: Model
+        kind: str = setting("old", frozen=True)
+        crops: tuple[Crops, ...] = (Crops(size=64), Crops(size=32))
+
+    def experiment(**changes):
+        return Experiment(**{"run": RunConfig(steps=3), "model": Model(), "crops": (Crops(size=8),)} | changes)
+
+    saved = config.plain(experiment())
+    del saved["model"]["added"], saved["kind"], saved["run"]["tensorboard"]
+    assert config.differences(saved, experiment()) == {}
+    changed = config.differences(saved, experiment(model=Model(added=2), kind="new"))
+    assert changed == {"model.added": (None, 2), "kind": ("old", "new")}
+    with pytest.raises(SettingError, match=r"model\.added was None and is 2"):
+        config.refuse_frozen(changed, experiment())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from training import distill, doctor, pretrain, vae
+from tests.training.toys import in_processes
+from training import apt, distill, doctor, lora, pretrain, vae
 from training.restorer import Restorer
 
 CLIP_720P = (6, 90, 160)  # latent of 21 frames of 1280 x 720
@@ -46,11 +48,13 @@ def test_sharding_divides_the_states_and_recomputation_the_activations(config):
 
 
 def test_counted_activations_are_those_that_a_real_pass_keeps(config):
-    counted = doctor.saved_bytes(doctor.of_restorer(config).forward)
+    workload = doctor.of_restorer(config)
+    counted = doctor.followed(workload.forward, [workload.trained["g"][0]])
     restorer = Restorer(config.model)
     x, u = torch.randn(config.batch, 16, *doctor.DEFAULT_SAMPLE), torch.rand(config.batch)
-    kept = doctor.saved_bytes(lambda: restorer.velocity(x, x, u).square().mean())
-    assert counted == pytest.approx(kept, rel=0.1)
+    real = doctor.followed(lambda: restorer.velocity(x, x, u).square().mean(), [restorer])
+    assert counted.kept == pytest.approx(real.kept, rel=0.1)
+    assert counted.peak() == pytest.approx(real.peak(), rel=0.1)
 
 
 def test_a_guided_teacher_works_twice_as_hard(tiny_dit):
@@ -72,7 +76,7 @@ def test_a_720p_clip_costs_what_the_paper_model_was_estimated_at():
     assert cost.activations / 1e9 == pytest.approx(3.5, rel=0.3)
 
 
-@pytest.mark.parametrize("stage", [vae, pretrain, distill], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("stage", [vae, pretrain, distill, apt, lora], ids=lambda stage: stage.__name__)
 def test_a_dry_run_prints_config_and_cost_and_trains_nothing(stage, monkeypatch, capsys, tmp_path):
     out = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["stage", "--config", "nano", "--out", str(out), "--dry-run"])
@@ -82,6 +86,71 @@ def test_a_dry_run_prints_config_and_cost_and_trains_nothing(stage, monkeypatch,
     assert not out.exists()
 
 
-def test_fake_steps_train_and_leave_nothing_behind(config):
-    seconds, held = doctor.fake_steps("pretrain", config)
-    assert seconds > 0 and held >= 0
+def take(configs, init_method):
+    """Estimated and measured bytes of every stage."""
+    doctor.give_back_at_once()
+    # What torch loads at the first step of all is none of a stage's.
+    doctor.fake_steps("pretrain", replace(configs["pretrain"], batch=1))
+    return {
+        name: (doctor.measure(config, doctor.workload_of(name, config)).total, doctor.fake_steps(name, config).held)
+        for name, config in configs.items()
+    }
+
+
+def test_fake_steps_take_the_memory_that_was_estimated(config, tmp_path):
+    pretraining = replace(config, model=replace(config.model, dim=64, mlp_hidden=128), batch=64)
+    training = replace(apt.RECIPES["nano"], model=pretraining.model, batch=16)
+    (found,) = in_processes(1, take, tmp_path, {"pretrain": pretraining, "apt": training})
+    for name, (estimated, taken) in found.items():
+        assert estimated == pytest.approx(taken, rel=0.15), name
+
+
+@pytest.mark.parametrize("stage", ["distill", "vae", "lora"])
+def test_every_stage_has_fake_steps_and_leaves_nothing_behind(stage, tiny_dit, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    recipe = importlib.import_module(f"training.{stage}").RECIPES["nano"]
+    if stage == "vae":
+        config = replace(recipe, crops=(vae.Crops(batch=1, size=32),), model=replace(recipe.model, widths=(8, 8, 8, 8)))
+    else:
+        config = replace(recipe, model=tiny_dit, batch=1)
+    fake = doctor.fake_steps(stage, config)
+    assert fake.seconds > 0 and fake.speed.endswith("/s") and fake.held >= 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_backward_pass_frees_makes_room_for_gradients(config):
+    config = replace(config, model=replace(config.model, dim=256, mlp_hidden=512), batch=1)
+    cost = doctor.measure(config, doctor.of_restorer(config))
+    assert max(cost.gradients, cost.activations) < cost.peak < cost.gradients + cost.activations
+    accumulated = replace(config, run=replace(config.run, micro_batches=2))
+    # The gradients of the first micro-batch are there while the second runs.
+    assert doctor.measure(accumulated, doctor.of_restorer(accumulated)).peak > cost.gradients + cost.activations
+
+
+@pytest.mark.parametrize(("kind", "bytes_each", "of_others"), [("fp32", 4, 4), ("bf16", 2, 2), ("fp8", 1, 2)])
+def test_a_frozen_base_is_counted_in_the_type_it_has(tiny_dit, kind, bytes_each, of_others):
+    recipe = lora.RECIPES["nano"]
+    config = replace(recipe, model=replace(tiny_dit, dim=256, heads=4, head_dim=64, mlp_hidden=512), batch=1)
+    config = replace(config, lora=replace(config.lora, base=kind))
+    workload = lora.workload(config)
+    layers = [layer for layer in workload.helpers["base"].modules() if isinstance(layer, lora.AdaptedLinear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) == bytes_each * weights
+    counted = doctor.measure(config, workload).helpers
+    others = doctor.count(workload.helpers["base"]) - weights
+    assert counted == pytest.approx(bytes_each * weights + of_others * others, rel=0.1)
+
+
+def test_adversarial_adapters_cost_two_sets_on_one_base(tiny_dit):
+    recipes = (replace(lora.RECIPES[name], model=tiny_dit, batch=2) for name in ("nano", "nano_apt"))
+    flow, game = (doctor.measure(config, lora.workload(config)) for config in recipes)
+    assert flow.helpers == game.helpers and game.states > 2 * flow.states and game.peak > flow.peak
+
+
+def test_replay_needs_no_more_than_the_generators_half(tiny_dit):
+    recipe = replace(apt.RECIPES["nano"], model=tiny_dit, batch=2)
+    joint = doctor.measure(recipe, apt.workload(recipe))
+    recipe = replace(recipe, disc=replace(recipe.disc, backward="replay"))
+    replay = doctor.measure(recipe, apt.workload(recipe))
+    assert replay.activations < replay.peak - replay.gradients
+    assert replay.peak < 0.6 * joint.peak

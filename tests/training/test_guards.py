@@ -142,3 +142,28 @@ def test_validation_that_stays_worse_than_its_best_stops_the_run():
     actions = [guards.check_validation(step, value) for step, value in enumerate(values)]
     assert [verdict.action for verdict in actions] == ["go"] * 11 + ["stop"]
     assert actions[-1].exit_code == DIVERGED and "0.9" in actions[-1].sentence
+
+
+def test_more_turns_are_given_from_a_win_until_it_is_caught_up_with_and_only_where_wanted():
+    for wanted in (0, 2):
+        guards = Guards(GuardConfig(on_spike="alert", extra_turns=wanted))
+        trace(guards, 99, accuracy=1.0, gap=3.0)
+        assert guards.extra_turns == 0
+        trace(guards, 1, start=99, accuracy=1.0, gap=3.0)
+        assert guards.extra_turns == wanted
+        resumed = Guards(guards.config)
+        resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+        assert resumed.extra_turns == wanted
+        # The gap closes first; it is the share of pairs told apart that counts.
+        trace(guards, 20, start=100, accuracy=0.95, gap=0.1)
+        assert guards.extra_turns == wanted
+        trace(guards, 60, start=120, accuracy=0.6, gap=0.1)
+        assert guards.extra_turns == 0
+
+
+def test_the_memory_of_an_older_run_is_taken_up():
+    guards = Guards()
+    saved = guards.state_dict()
+    del saved["outplayed"]
+    guards.load_state_dict(saved)
+    assert guards.extra_turns == 0

@@ -168,9 +168,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a data set; what is hidden was left by the killed."""
-    files = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()
-            if not name.startswith("sources/") and not any(part.startswith(".") for part in Path(name).parts)}  # fmt: skip
+    files = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    shown = [path for path in files if path.parts[0] != "sources" and not any(p.startswith(".") for p in path.parts)]
+    return {str(path): (directory / path).read_bytes() for path in shown}
 
 
 @pytest.mark.parametrize(("stage", "moment"), [

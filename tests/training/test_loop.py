@@ -18,7 +18,7 @@ from seedvr2_core.errors import CheckpointError, SettingError
 from tests.training.toys import OPTIM, RUN, Interrupted, Regression, ToyConfig
 from training import journal, loop, state
 from training.config import OptimConfig
-from training.guards import GuardConfig, Guards
+from training.guards import GuardConfig, Guards, RollbackConfig
 from training.loop import Session
 from training.previews import Preview
 
@@ -361,3 +361,90 @@ def test_wide_layers_learn_slower_in_proportion_and_every_weight_learns_once():
 
 def test_without_a_limit_all_weights_share_one_rate():
     assert [group["rate"] for group in loop.parameter_groups(nn.Linear(500, 2), OPTIM)] == [1.0]
+
+
+class Broken(Regression):
+    """No finite gradient for some of the data, whatever the weights."""
+
+    def __init__(self, bad=(4,), stop_at=None):
+        super().__init__()
+        self.bad, self.die_at = bad, stop_at
+
+    def backward(self, name, step, micro, scale):
+        if len(self.calls) == self.die_at:
+            raise Interrupted
+        self.infinite_at = step if step in self.bad else None
+        return super().backward(name, step, micro, scale)
+
+
+def strict(**changes):
+    """Guards that stop a run at the first step that is not finite."""
+    return Session(guards=Guards(GuardConfig(non_finite_most=0, rollback=RollbackConfig(**changes))))
+
+
+def test_a_run_goes_back_past_the_data_that_broke_it_and_more_slowly(tmp_path):
+    stage = Broken(bad=(4,))
+    train(stage, tmp_path, strict(lr_factor=0.25))
+    # Steps 3 and 4 are made again, with the data that follows.
+    assert [step for _, step, _ in stage.calls] == [0, 1, 2, 3, 4, 5, 6, 7]
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(6))
+    rates = [loop.learning_rate(step, 6, OPTIM) for step in range(6)]
+    assert [row["lr"] for row in rows] == pytest.approx([*rates[:3], *(0.25 * rate for rate in rates[3:])])
+    stopping, back = journal.read(tmp_path / "alerts.jsonl")
+    assert "not finite" in stopping["message"] and back["scalars"] == {"failed": 4, "to": 3}
+    meta = json.loads((tmp_path / "checkpoints/step_000006/meta.json").read_text())
+    assert meta["rollbacks"] == [[4, 3]] and meta["guards"]["non_finite"] == []
+
+
+# Right after going back; at the next checkpoint; at the second time.
+@pytest.mark.parametrize("calls", [5, 6, 7, 8, 9])
+def test_a_run_that_went_back_resumes_to_the_bit(tmp_path, calls):
+    train(Broken(bad=(4, 7)), tmp_path / "whole", strict())
+    with pytest.raises(Interrupted):
+        train(Broken(bad=(4, 7), stop_at=calls), tmp_path / "killed", strict())
+    train(Broken(bad=(4, 7)), tmp_path / "killed", strict())
+    assert_identical(everything(tmp_path / "whole"), everything(tmp_path / "killed"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    names = [tmp_path / name / "checkpoints/step_000006/meta.json" for name in ("whole", "killed")]
+    assert json.loads(names[0].read_text())["rollbacks"] == json.loads(names[1].read_text())["rollbacks"] != []
+
+
+def test_a_run_that_has_gone_back_too_often_or_has_nowhere_to_go_stops(tmp_path):
+    for name, bad, most, times in (("often", range(4, 99), 2, 2), ("never", (4,), 0, 0), ("nowhere", (1,), 2, 0)):
+        with pytest.raises(loop.Stopped) as stopped:
+            train(Broken(bad=bad), tmp_path / name, strict(max=most))
+        assert stopped.value.code == 3
+        alerts = journal.read(tmp_path / name / "alerts.jsonl")
+        assert sum("Back to step" in alert["message"] for alert in alerts) == times
+
+
+def test_a_run_does_not_go_back_to_a_checkpoint_of_the_run_that_it_replaces(tmp_path):
+    train(Regression(), tmp_path)
+    session = replace(strict(), resume="none")
+    with pytest.raises(loop.Stopped):
+        train(Broken(bad=(1,)), tmp_path, session)
+
+
+def test_a_run_that_only_gets_worse_goes_back_to_where_it_was_saved(tmp_path):
+    class Worse(Regression):
+        values = iter([1.0, 1.0, 1.0, 5.0, 6.0, 1.0, 1.0, 1.0])
+
+        def validate(self, module):
+            return {"error": next(self.values)}
+
+    stage = Worse()
+    session = Session(guards=Guards(GuardConfig(worse_checks=2)))
+    train(stage, tmp_path, session, validate_every=1, judge="error")
+    assert [step for _, step, _ in stage.calls] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [row["error"] for row in journal.read(tmp_path / "validation.jsonl")] == [1.0] * 6
+
+
+def test_a_module_without_a_gradient_stays_as_it_is_and_nothing_is_logged_of_it(tmp_path):
+    class Late(Regression):
+        def backward(self, name, step, micro, scale):
+            return {} if name == "d" and step < 3 else super().backward(name, step, micro, scale)
+
+    train(Late(names=("d", "g")), tmp_path)
+    assert ["d_grad_norm" in row for row in metrics(tmp_path)] == [False] * 3 + [True] * 3
+    assert everything(tmp_path)["d.optim/0.weight/step"].item() == 3
