@@ -26,7 +26,7 @@ from seedvr2_core.errors import SettingError
 
 from . import journal, loop, state
 from .apt import LossConfig, PostTraining
-from .config import check, override, plain, setting
+from .config import check, override, plain, run_main, setting
 from .distill import Distillation
 from .guards import Guards
 from .pico import (
@@ -410,4 +410,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,7 +26,7 @@ from seedvr2_core.video.geometry import LATENT_FRAMES, Grid
 
 from . import doctor, loop, losses
 from .buckets import BATCH_TOKENS, tokens
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .discriminator import Discriminator
 from .guards import GuardConfig
 from .pretrain import NANO_DIT, cost, latent_errors, latent_previews, load_run, noised_condition
@@ -446,4 +446,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,14 +16,14 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from seedvr2_core.errors import SettingError
+from seedvr2_core.errors import SeedVR2Error, SettingError
 
 Config = TypeVar("Config")
 
@@ -123,6 +123,15 @@ class Command:
     most_steps: int | None = None
     allow_config_change: bool = False
     dry_run: bool = False
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a stage's command; what it refuses is one sentence on stderr, and exit code 1."""
+    try:
+        main()
+    except SeedVR2Error as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_command(stage: str, recipes: Mapping[str, Any], argv: Sequence[str] | None = None) -> Command:

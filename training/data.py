@@ -339,8 +339,8 @@ class Dataset:
                                    for paths in (pictures, films))  # fmt: skip
                 log.info("%s leaves %d of %d sources.", FILTER_FILE, len(pictures) + len(films), found)
                 if found and not pictures and not films:
-                    raise MediaError(f"{root / FILTER_FILE} leaves none of {found} photographs and clips. Run the filter "
-                                     "again with other limits, such as clip_side=480, or remove the file.")
+                    raise MediaError(f"{root / FILTER_FILE} leaves none of {found} photographs and clips. Run the "
+                                     "filter again with other limits, such as clip_side=480, or remove the file.")
             images, clips = loader.images(pictures), loader.clips(films)
             loader.check(len(pictures) + len(films))
             if not images and not clips:

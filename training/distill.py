@@ -22,7 +22,7 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
 from . import doctor, loop
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .guards import GuardConfig, Guards
 from .pretrain import NANO_DIT, cost, draw_batch, latent_errors, latent_previews, load_run, noised_condition
 from .previews import Preview
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seedvr2_core.device import free_bytes
 from seedvr2_core.models.dit import Block
 
-from .config import OptimConfig, parse_command, to_yaml
+from .config import OptimConfig, parse_command, run_main, to_yaml
 from .journal import METRICS, read
 from .parallel import Arranged, Layers
 from .restorer import Restorer
@@ -387,6 +387,7 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
         fake = replace(config, crops=(crops,), curriculum=(), init=None, start="random", adv_from=0.0)
         return lambda: (VAEStage(fake, data, []), optims(fake))
     from .shards import HELD_OUT, Latents
+    from .text import TextConfig
 
     noise = torch.randn(HELD_OUT + config.batch, 16, *DEFAULT_SAMPLE)
     save_file({"hq": noise, "lq": noise.clone()}, folder / "noise.safetensors")
@@ -394,12 +395,12 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
     if name == "pretrain":
         from .pretrain import PretrainStage
 
-        fake = replace(config, init=None, batch_tokens=None)
+        fake = replace(config, init=None, batch_tokens=None, text=TextConfig())
         return lambda: (PretrainStage(fake, latents), {"g": fake.optim})
     if name == "distill":
         from .distill import HalvingStage
 
-        fake = replace(config, batch_tokens=None)
+        fake = replace(config, batch_tokens=None, text=TextConfig())
         teacher = fake.teacher_model or fake.model
         return lambda: (HalvingStage(fake, latents, Restorer(teacher), fake.steps, Restorer(fake.model)),
                         {"g": fake.optim})  # fmt: skip
@@ -449,4 +450,4 @@ def new_peak() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

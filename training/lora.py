@@ -44,7 +44,7 @@ from .apt import (
     PostTraining,
     adversarial_workload,
 )
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .discriminator import Discriminator, Readout, tap_blocks
 from .guards import GuardConfig
 from .parallel import Arranged
@@ -500,4 +500,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,7 +24,7 @@ from seedvr2_core.models.windows import WindowConfig
 from seedvr2_core.video.geometry import PATCH
 
 from . import doctor, loop
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .guards import GuardConfig
 from .previews import Preview, colour, colour_basis
 from .randomness import torch_rng
@@ -279,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from seedvr2_core.models.vae import posterior
 from seedvr2_core.pipeline import Models, Settings, load_models, restore
 from seedvr2_core.video.geometry import Target, crop, pad_to_multiple, to_clip, to_frames
 
+from .config import run_main
 from .degradation import upsample
 from .evaluate import EvalItem, eval_items
 from .metrics import means, measure, psnr
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

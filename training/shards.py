@@ -186,6 +186,8 @@ def build_index(directory: Path, names: Iterable[str], text: Tensor | None = Non
              "scale": 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"],
              "text_width": widths[0] if widths else None}  # fmt: skip
     part = directory / f".{INDEX}.{os.getpid()}.part"
+    # A killed process with this number may have left one.
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         for name, dtype in COLUMNS.items():

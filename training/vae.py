@@ -25,7 +25,7 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE, posterior
 
 from . import doctor, loop, losses, state
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, setting
+from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
 from .guards import GuardConfig
 from .linear_start import start_linear
@@ -417,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

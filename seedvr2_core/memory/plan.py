@@ -113,9 +113,10 @@ def step_down(plan: MemoryPlan, stage: Stage, available: int) -> MemoryPlan | No
 def describe(plan: MemoryPlan) -> str:
     """A line for people: what was chosen and what it will take."""
     work, (block, band) = plan.work, plan.portions
-    whole = work.latents <= plan.chunk
+    whole, length = work.latents <= plan.chunk, LATENT_FRAMES * (plan.chunk - 1) + 1
+    passes = "one pass" if whole else f"passes of {length} frame{'s' * (length > 1)}"
     parts = [
-        *(["one pass" if whole else f"passes of {LATENT_FRAMES * (plan.chunk - 1) + 1} frames"] if work.dit else []),
+        *([passes] if work.dit else []),
         *([f"{plan.rows} tokens at a time"] if plan.rows else []),
         *([f"autoencoder {block} frame{'s' * (block > 1)} at a time"] if isinstance(work.vae, FastVAE) else []),
         *([f"in {-(-work.pixels // band)} bands"] if band else []),

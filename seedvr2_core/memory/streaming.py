@@ -24,7 +24,7 @@ Placement = Literal["device", "host"]
 
 # Tensors that may be on their way to the host; until they have left they take memory on the device.
 LEAVING = 2
-# Frames, or bands of frames, sent for before a layer looks at them: the past of the next convolution, or of the next band.
+# Frames, or bands of frames, sent for before a layer looks at them: the past of a convolution, or of one of its bands.
 AHEAD = 2
 # Streamed blocks on the device: one at work, one on its way.
 PLACES = 2

@@ -41,7 +41,8 @@ def footprint(call: Callable[[], object], device: str) -> Footprint:
         call: makes its inputs itself, on any device, or they do not count. Must not look at values.
         device: the type of the device that it is meant for.
     """
-    with torch.inference_mode(), Ledger(device) as ledger:
+    # What is compiled is tried as it was written: compiling takes minutes.
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"), Ledger(device) as ledger:
         result = call()
         kept = ledger.alive
     del result  # until here it was alive

@@ -248,8 +248,8 @@ def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Te
     """Group norm of a large frame, 1 c H W, with statistics that stay true.
 
     In channels-last memory on a CPU, torch adds up all values of a group one after the other, in fp32. At half a
-    million values the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows, whose
-    means and variances are put together in fp64.
+    million values the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows,
+    whose means and variances are put together in fp64.
 
     Args:
         band: positions looked at in one call, which takes as much memory again; None: all.

@@ -1,10 +1,10 @@
 """Convolutions whose results share products: two frames, and two or four rows, at a time.
 
 Two results of three taps take four products instead of six, and four take six instead of twelve, at the price of some
-additions. A 3 x 3 x 3 kernel takes 2.25 times fewer products over pairs of frames and rows, 3 times fewer over pairs of
-frames and four rows. Exact in real numbers. In fp32 pairs are as accurate as the plain sum, and four rows round twice as
-much; in bf16 a layer rounds 2.2 times as much over pairs of frames or rows, 3.2 times over both, and 6 times over four
-rows, which are therefore left to fp32.
+additions. A 3 x 3 x 3 kernel takes 2.25 times fewer products over pairs of frames and rows, and 3 times fewer over
+pairs of frames and four rows. Exact in real numbers. In fp32 pairs are as accurate as the plain sum, and four rows
+round twice as much; in bf16 a layer rounds 2.2 times as much over pairs of frames or rows, 3.2 times over both, and 6
+times over four rows, which are therefore left to fp32.
 
 Additions are cheap in the cache only, so frames are computed in bands of rows.
 

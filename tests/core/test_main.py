@@ -319,6 +319,16 @@ def test_a_published_model_without_its_autoencoder_is_passed_over_aloud(cache, c
     assert pick("3b", Path("mine.pth")) == (small, Path("mine.pth"))
 
 
+def test_autoencoders_have_names_too_and_a_fine_tuned_nano_has_that_of_nano(cache, tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(NANO_DIT.read_bytes())
+    assert pick(str(mine)) == pick(str(mine), "nano") == (mine, NANO_VAE)
+    with pytest.raises(CheckpointError, match="no autoencoder for 3b.*seedvr2 download vae"):
+        pick(str(mine), "3b")
+    usual = published(cache / "vae.safetensors", VideoVAE, SEEDVR2_VAE)
+    assert pick(str(mine), "3b") == (mine, usual)
+
+
 def test_the_autoencoder_beside_a_model_comes_before_the_published_one(cache, tmp_path, runnable_files):
     published(cache / "vae.safetensors", VideoVAE, SEEDVR2_VAE)
     assert pick(str(runnable_files[0])) == runnable_files

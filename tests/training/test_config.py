@@ -11,7 +11,7 @@ import pytest
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import DiTConfig
 from training import apt, config, distill, pretrain, vae
-from training.config import OptimConfig, RunConfig, check, load_config, override, parse_command, setting
+from training.config import OptimConfig, RunConfig, check, load_config, override, parse_command, run_main, setting
 
 FOLDERS = ["--out", "run", "--data", "files"]
 
@@ -280,3 +280,13 @@ def test_a_setting_that_a_saved_config_does_not_know_had_its_default():
     assert changed == {"model.added": (None, 2), "kind": ("old", "new")}
     with pytest.raises(SettingError, match=r"model\.added was None and is 2"):
         config.refuse_frozen(changed, experiment())
+
+
+def test_what_a_command_refuses_is_one_sentence_and_exit_code_1(capsys):
+    def refuse():
+        raise SettingError("There is no such thing.")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(refuse)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.rstrip().endswith(": There is no such thing.")
