@@ -323,7 +323,7 @@ def test_autoencoders_have_names_too_and_a_fine_tuned_nano_has_that_of_nano(cach
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(NANO_DIT.read_bytes())
     assert pick(str(mine)) == pick(str(mine), "nano") == (mine, NANO_VAE)
-    with pytest.raises(CheckpointError, match="no autoencoder for 3b.*seedvr2 download vae"):
+    with pytest.raises(CheckpointError, match=r"no autoencoder for 3b.*seedvr2 download vae"):
         pick(str(mine), "3b")
     usual = published(cache / "vae.safetensors", VideoVAE, SEEDVR2_VAE)
     assert pick(str(mine), "3b") == (mine, usual)
