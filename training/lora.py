@@ -56,6 +56,8 @@ from .weights import open_restorer
 
 log = logging.getLogger(__name__)
 
+# Latent size of the longest sample that the recipes of `precompute` for fine-tuning make: 21 frames of 512 x 512.
+CLIP = (6, 64, 64)
 BaseType = Literal["fp32", "bf16", "fp8"]
 Objective = Literal["flow", "apt"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -464,7 +466,7 @@ def workload(config: LoraTraining) -> doctor.Workload:
     with torch.device("meta"):
         base = Base(restorer, config.lora.base)
         adapted = AdaptedRestorer(base, config.lora)
-        x = torch.empty(config.batch, 16, *doctor.DEFAULT_SAMPLE)
+        x = torch.empty(config.batch, 16, *(doctor.DEFAULT_SAMPLE if config.model == NANO_DIT else CLIP))
         u = torch.empty(config.batch)
     if config.objective == "flow":
         return doctor.Workload(
