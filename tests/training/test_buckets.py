@@ -26,14 +26,14 @@ SIZES = {IMAGE: 8, WIDE: 4, CLIP: 5}
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_every_id_comes_up_once_in_every_epoch(members, epoch):
+def test_10_every_id_comes_up_once_in_every_epoch(members, epoch):
     plan = BatchPlan(members, SIZES, seed=1, tail="keep")
     first = epoch * plan.steps_in_epoch
     drawn = np.concatenate([plan(step).ids for step in range(first, first + plan.steps_in_epoch)])
     assert sorted(drawn) == list(range(80))
 
 
-def test_a_batch_comes_from_one_bucket(members):
+def test_10_a_batch_comes_from_one_bucket(members):
     plan = BatchPlan(members, SIZES, seed=1)
     for step in range(40):
         batch = plan(step)
@@ -65,7 +65,7 @@ def test_the_order_is_another_in_each_epoch_and_for_each_seed(members):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_the_batch_of_a_step_is_the_same_on_any_number_of_ranks(members, world):
+def test_10_the_batch_of_a_step_is_the_same_on_any_number_of_ranks(members, world):
     whole = BatchPlan(members, SIZES, seed=1)(7).ids
     shares = []
     for rank in range(world):
@@ -75,7 +75,7 @@ def test_the_batch_of_a_step_is_the_same_on_any_number_of_ranks(members, world):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_any_step_is_reached_without_the_ones_before(members):
+def test_10_any_step_is_reached_without_the_ones_before(members):
     one_by_one = BatchPlan(members, SIZES, seed=1)
     for step in range(30):
         expected = one_by_one(step)
@@ -83,7 +83,7 @@ def test_any_step_is_reached_without_the_ones_before(members):
     assert batch.bucket == expected.bucket and np.array_equal(batch.ids, expected.ids)
 
 
-def test_seeking_far_ahead_costs_as_much_as_the_first_step():
+def test_10_seeking_far_ahead_costs_as_much_as_the_first_step():
     plan = BatchPlan({IMAGE: np.arange(200_000)}, {IMAGE: 64}, seed=0)
 
     def seconds(step: int) -> float:

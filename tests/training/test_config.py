@@ -83,7 +83,7 @@ def test_the_last_of_two_equal_keys_counts(recipe):
 @pytest.mark.parametrize(
     ("assignment", "near"), [("optim.learning_rate=1", None), ("optim.warmpu=1", "warmup"), ("optin.lr=1", "optim")]
 )
-def test_an_unknown_key_is_refused_with_the_nearest_name(recipe, assignment, near):
+def test_12_an_unknown_key_is_refused_with_the_nearest_name(recipe, assignment, near):
     with pytest.raises(SettingError, match="not a setting") as refused:
         override(recipe, [assignment])
     assert ("Did you mean" in str(refused.value)) == (near is not None)
@@ -96,7 +96,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(recipe, assignment, nea
      "kind=movie", "widths=8,x", "flip=perhaps", "optim=3", "run.steps=",
      "run.max_hours=soon", "crops=3"],
 )  # fmt: skip
-def test_a_value_of_the_wrong_type_is_refused_by_name(recipe, assignment):
+def test_12_a_value_of_the_wrong_type_is_refused_by_name(recipe, assignment):
     key, _, value = assignment.partition("=")
     with pytest.raises(SettingError, match=f"'{key}' takes .*, got '{value}'"):
         override(recipe, [assignment])
@@ -211,7 +211,7 @@ def test_a_saved_config_says_what_has_changed_and_its_hash_whether(recipe, tmp_p
         ("run.steps=99", False),
     ],
 )
-def test_model_seed_and_data_are_kept_when_a_run_is_resumed(recipe, assignment, frozen):
+def test_12_model_seed_and_data_are_kept_when_a_run_is_resumed(recipe, assignment, frozen):
     changed = override(recipe, [assignment])
     changes = config.differences(config.plain(recipe), changed)
     if not frozen:

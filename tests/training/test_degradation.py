@@ -51,7 +51,7 @@ def clip(frames: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
-def test_the_same_seed_gives_the_same_bytes(profile):
+def test_9_the_same_seed_gives_the_same_bytes(profile):
     first, log = degrade(clip(), 7, profile)
     again, log_again = degrade(clip(), 7, profile)
     assert torch.equal(first, again)
@@ -93,7 +93,7 @@ def test_the_log_is_json_and_holds_every_pass():
     assert {"seed", "profile", "lead"} < set(log)
 
 
-def test_drawn_parameters_stay_inside_their_bounds_and_steps():
+def test_9_drawn_parameters_stay_inside_their_bounds_and_steps():
     walks = 0
     for seed in range(12):
         _, log = degrade(clip(4, 48, 48), seed, FULL)
@@ -115,7 +115,7 @@ def test_drawn_parameters_stay_inside_their_bounds_and_steps():
     assert walks > 60
 
 
-def test_a_walk_moves_by_at_most_its_step_and_stays_inside():
+def test_9_a_walk_moves_by_at_most_its_step_and_stays_inside():
     values = Walk(-1, 1, 0.4).draw(rng(0, "test"), 500)
     steps = np.abs(np.diff(values))
     assert steps.max() <= 0.4 and steps.max() > 0.3
@@ -124,7 +124,7 @@ def test_a_walk_moves_by_at_most_its_step_and_stays_inside():
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("size", [(1, 33, 47), (1, 8, 8), (5, 64, 64), (6, 7, 130)], ids=str)
-def test_a_codec_keeps_size_and_frame_count(codec, size):
+def test_9_a_codec_keeps_size_and_frame_count(codec, size):
     frames = clip(*size)
     coded = code(frames, codec, 4e4)
     assert coded.shape == frames.shape
@@ -141,7 +141,7 @@ def test_more_bits_make_a_larger_file_and_a_smaller_error(codec):
     assert errors[1] < errors[0]
 
 
-def test_the_bit_rate_scales_with_area():
+def test_9_the_bit_rate_scales_with_area():
     span = (1e4, 1e5)
     assert bit_budget(span, 0, 256, 256) == pytest.approx(1e4)
     assert bit_budget(span, 1, 256, 256) == pytest.approx(1e5)

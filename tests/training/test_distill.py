@@ -54,13 +54,13 @@ def point():
     return x, condition, torch.tensor([1.0, 0.5, 0.25])
 
 
-def test_the_target_of_a_constant_teacher_is_its_velocity(point):
+def test_3_the_target_of_a_constant_teacher_is_its_velocity(point):
     constant = torch.randn(3, 16, 2, 4, 4)
     target = two_steps(Teacher(lambda x, condition, u: constant), *point, delta=0.125)
     torch.testing.assert_close(target, constant)
 
 
-def test_two_steps_of_the_teacher_are_one_step_with_the_target(point):
+def test_3_two_steps_of_the_teacher_are_one_step_with_the_target(point):
     x, condition, u = point
     teacher, delta = Teacher(curved), 0.125
     middle = x - delta * teacher.velocity(x, condition, u)

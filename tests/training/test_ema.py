@@ -23,7 +23,7 @@ def average(ema: EMA) -> float:
     return values[0].item()
 
 
-def test_early_averages_forget_the_initialisation():
+def test_13_early_averages_forget_the_initialisation():
     ema = EMA(constant(0.0), decay=0.999)
     expected = 0.0
     for update in range(1, 6):
@@ -34,7 +34,7 @@ def test_early_averages_forget_the_initialisation():
     assert average(ema) > 0.99
 
 
-def test_the_warm_up_ends_at_the_decay_asked_for():
+def test_13_the_warm_up_ends_at_the_decay_asked_for():
     ema = EMA(constant(0.0), decay=0.5)
     ema.updates = 1000
     ema.update(constant(1.0))

@@ -63,7 +63,7 @@ def inputs():
     return x, condition, torch.tensor([0.3, 1.0])
 
 
-def test_an_exported_run_comes_back_as_it_was(pretrain_run, tmp_path, inputs):
+def test_13_an_exported_run_comes_back_as_it_was(pretrain_run, tmp_path, inputs):
     assert main(["--run", str(pretrain_run), "--out", str(tmp_path / "model.safetensors"), "--dtype", "fp32"]) == 0
     again, run = open_restorer(tmp_path / "model.safetensors"), open_restorer(pretrain_run)
     assert again.dit.config == run.dit.config

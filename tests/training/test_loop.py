@@ -48,7 +48,7 @@ def assert_identical(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_six_steps_are_three_and_three_to_the_bit(tmp_path):
+def test_11_six_steps_are_three_and_three_to_the_bit(tmp_path):
     whole = train(Regression(), tmp_path / "whole")
     with pytest.raises(loop.Preempted):
         train(Regression(), tmp_path / "halves", Session(most_steps=3))

@@ -82,7 +82,7 @@ def test_fresh_adapters_add_nothing(restorer, inputs):
     torch.testing.assert_close(AdaptedRestorer(Base(restorer), SMALL).velocity(*inputs), before, atol=0, rtol=0)
 
 
-def test_strength_zero_is_the_base_to_the_bit(restorer, inputs):
+def test_13_strength_zero_is_the_base_to_the_bit(restorer, inputs):
     before = restorer.velocity(*inputs)
     adapted = trained(AdaptedRestorer(Base(restorer), SMALL))
     assert not torch.equal(adapted.velocity(*inputs), before)
@@ -90,7 +90,7 @@ def test_strength_zero_is_the_base_to_the_bit(restorer, inputs):
     assert torch.equal(adapted.velocity(*inputs), before)
 
 
-def test_merged_adapters_give_what_they_gave_beside_the_weights(restorer, inputs):
+def test_13_merged_adapters_give_what_they_gave_beside_the_weights(restorer, inputs):
     base = Base(restorer.double())
     base.restorer.double()
     adapted = trained(AdaptedRestorer(base, SMALL)).double()

@@ -84,7 +84,7 @@ def runs(tmp_path_factory, latents_folder, tiny_dit):
 
 
 @pytest.mark.parametrize("kind", [*KINDS[2], *KINDS[4], "on_1", "on_4"])
-def test_trajectories_equal_those_of_a_single_process(runs, kind):
+def test_11_trajectories_equal_those_of_a_single_process(runs, kind):
     rows = [journal.read(runs / name / "metrics.jsonl") for name in ("single", kind)]
     assert [row["step"] for row in rows[1]] == list(range(STEPS))
     for a, b in zip(*rows, strict=True):
@@ -96,7 +96,7 @@ def test_trajectories_equal_those_of_a_single_process(runs, kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS[2], *KINDS[4], "on_1", "on_4"])
-def test_weights_equal_those_of_a_single_process(runs, kind):
+def test_11_weights_equal_those_of_a_single_process(runs, kind):
     for prefix in ("ema", "g"):
         expected = state.load_averaged(runs / "single", prefix)
         for name, value in state.load_averaged(runs / kind, prefix).items():
@@ -235,7 +235,7 @@ def test_sigterm_to_one_process_makes_all_save_after_the_same_step(tmp_path):
     assert json.loads((path / "meta.json").read_text())["step"] == 3
 
 
-def test_torchrun_restarts_a_run_whose_process_died_and_it_ends_as_if_nothing_had_been(tmp_path):
+def test_11_torchrun_restarts_a_run_whose_process_died_and_it_ends_as_if_nothing_had_been(tmp_path):
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -29,14 +29,14 @@ def test_points_on_the_path_match(golden):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.3, 1.0])
-def test_the_velocity_leads_to_both_ends_of_the_path(u):
+def test_1_the_velocity_leads_to_both_ends_of_the_path(u):
     data, noise = torch.randn(2, 3, 4)
     x, v = interpolate(data, noise, u), velocity(data, noise)
     torch.testing.assert_close(to_data(x, v, u), data)
     torch.testing.assert_close(to_noise(x, v, u), noise)
 
 
-def test_trailing_times_match(golden):
+def test_1_trailing_times_match(golden):
     tensors, _ = golden("dit/sampling")
     published = {n: (tensors[f"timesteps_{n}"] / SCALE).tolist() for n in (1, 2, 4, 10)}
     for steps, times in published.items():
@@ -63,7 +63,7 @@ def test_shifted_times_match(golden):
         assert shifted == pytest.approx(row["out"], rel=1e-5)
 
 
-def test_the_shift_is_anchored_at_four_sizes():
+def test_2_the_shift_is_anchored_at_four_sizes():
     assert shift_factor(1, 32, 32) == pytest.approx(1)
     assert shift_factor(1, 128, 128) == pytest.approx(3.2)
     assert shift_factor(10, 32, 32) == pytest.approx(1)
