@@ -125,15 +125,19 @@ RECIPES = {
     # more than a few steps, and a skipped step would favour one of them.
     "nano_decoder": replace(
         NANO,
-        run=RunConfig(steps=2000, seed=4, ema=0.995, save_every=100, validate_every=250, preview_every=500),
+        run=RunConfig(
+            steps=400, seed=4, ema=0.995, save_every=100, validate_every=100, preview_every=400,
+            parallel=ParallelConfig(precision="bf16"),
+        ),
         optim=OptimConfig(lr=2e-4, final_lr=2e-5, betas=(0.5, 0.9), weight_decay=0.0, decay=0.3, full_rate_inputs=50),
         # Through a causal network a clip costs five times as much as its frames one by one.
-        crops=(Crops(batch=1, size=80, frames=5), Crops(batch=4, size=128)),
+        crops=(Crops(batch=1, size=128, frames=5), Crops(batch=4, size=128)),
         guard=GuardConfig(on_spike="alert"),
         init=Path("runs/vae"),
         freeze_encoder=True,
         perceptual=PerceptualConfig(weight=0.1),
-        w_g=0.05,
+        # At 0.05 clips get 1.7 times the fine detail of the original, and lose 2 dB.
+        w_g=0.02,
         # The decoder has learned to reconstruct already.
         adv_from=0.0,
         disc=DiscConfig(
