@@ -749,9 +749,9 @@ def log_plan(plan: MemoryPlan, models: Models, settings: Settings, source: str) 
     """One line with everything that was decided for this clip."""
     work = plan.work
     log.info(
-        "%s: %s frames -> %d x %d, %s on %s in %s, attention %s, %s",
+        "%s: %s -> %d x %d, %s on %s in %s, attention %s, %s",
         source,
-        "?" if work.frames is None else work.frames,
+        "? frames" if work.frames is None else "1 frame" if work.frames == 1 else f"{work.frames} frames",
         work.width,
         work.height,
         models.label,

@@ -341,7 +341,7 @@ def test_a_run_stops_within_two_seconds(server: Server, picture):
     graph = restored(picture("large.png", width=640, height=480), **{"size.factor": 3.0})
     begun = len(server.log())
     prompt = server.queue(graph)
-    while "Frames: 1 frames -> 1920 x 1440" not in server.log()[begun:]:
+    while "Frames: 1 frame -> 1920 x 1440" not in server.log()[begun:]:
         time.sleep(0.1)
     time.sleep(3)
     start = time.monotonic()
