@@ -26,7 +26,7 @@ from .evaluate import EvalItem, eval_items
 from .metrics import means, measure, psnr
 
 # Share of the difference to bicubic by which a metric has to fall, and the fidelity that may be lost for it, in dB.
-REQUIRED_DROP, ALLOWED_LOSS = 0.25, 1.5
+REQUIRED_DROP, ALLOWED_LOSS = 0.4, 1.0
 
 
 def score(item: EvalItem, models: Models, settings: Settings) -> dict[str, dict[str, float]]:
