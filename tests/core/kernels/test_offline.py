@@ -13,9 +13,6 @@ import pytest
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
 ROOT = Path(__file__).parents[3]
 
-# Half a minute on a slow CPU.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
