@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seedvr2_core.diffusion.schedule import shift, to_data
@@ -362,18 +361,12 @@ def comparison(restored: Tensor, real: Tensor) -> dict[str, float]:
     """
     spread, target = (x.std(dim=(-2, -1)).mean(dim=(0, 2)) for x in (restored, real))
     ratio = spread / target.clamp_min(1e-6)
-    fine, fine_target = (_fine(x).square().mean() for x in (restored, real))
     return {
         "std_ratio": ratio.mean().item(),
         "std_ratio_min": ratio.min().item(),
         "std_ratio_max": ratio.max().item(),
-        "high_frequency_ratio": (fine / fine_target.clamp_min(1e-12)).item(),
+        "high_frequency_ratio": losses.high_frequency_ratio(restored, real).item(),
     }
-
-
-def _fine(x: Tensor) -> Tensor:
-    frames = x.flatten(0, 2)[:, None]
-    return frames - F.avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def load_stage(config: PostTraining, latents: Latents) -> AdversarialStage:

@@ -157,8 +157,8 @@ class HostState(DeviceState):
     def __getitem__(self, layer: object) -> object:
         self._reads += 1
         self._past = super().__getitem__(layer)
-        frames = (Absent(self, _Look(self._reads, layer, number, ...)) for number in count())
-        return tree_map_only(Stored, lambda stored: next(frames).of(stored), self._past)
+        looks = (_Look(self._reads, layer, number, ...) for number in count())
+        return tree_map_only(Stored, lambda stored: Absent(self, stored, next(looks)), self._past)
 
     def get(self, layer: object, default: object = None) -> object:
         return self[layer] if layer in self else default  # noqa: SIM401, this is what it would call
@@ -193,12 +193,8 @@ class HostState(DeviceState):
 class Absent:
     """A frame in host memory. An index brings it to the device: `...` all of it, or some of its rows."""
 
-    def __init__(self, state: HostState, look: _Look):
-        self.state, self.look = state, look
-
-    def of(self, stored: Stored) -> Absent:
-        self.stored = stored
-        return self
+    def __init__(self, state: HostState, stored: Stored, look: _Look):
+        self.state, self.stored, self.look = state, stored, look
 
     @property
     def shape(self) -> torch.Size:
