@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE, posterior
 
-from . import doctor, loop, losses, state
+from . import doctor, loop, losses
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
 from .guards import GuardConfig
@@ -358,13 +358,6 @@ def reconstruct(vae: VideoVAE, clip: Tensor, compute: torch.dtype = torch.float3
     """A clip b 3 T H W in -1..1 through the autoencoder and back, without posterior noise; fp32, on the CPU."""
     mean, _ = posterior(vae.encode(clip.to(next(vae.parameters()).device, compute)))
     return vae.decode(mean).float().clamp(-1, 1).cpu()
-
-
-def load_run(directory: Path, config: VAEConfig) -> VideoVAE:
-    """The averaged weights of a run of this stage."""
-    vae = VideoVAE(config)
-    vae.load_state_dict(state.load_averaged(directory))
-    return vae.eval()
 
 
 def held_out_crops(root: Path, size: int = 256, frames: int = 9) -> list[Tensor]:

@@ -31,6 +31,7 @@ from training.vae import (
     held_out_crops,
     optims,
 )
+from training.weights import open_vae
 
 CONFIG = VAETraining(
     model=NANO_VAE,
@@ -154,9 +155,9 @@ def test_held_out_crops_are_the_middle_of_every_picture(tmp_path):
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(second, data, held_out, tmp_path):
     loop.run(VAEStage(CONFIG, data, held_out), CONFIG, optims(CONFIG), tmp_path / "both")
     config = replace(second, init=tmp_path / "both", freeze_encoder=True)
-    before = vae_stage.load_run(tmp_path / "both", NANO_VAE).state_dict()
+    before = open_vae(tmp_path / "both").state_dict()
     loop.run(VAEStage(config, data, held_out), config, optims(config), tmp_path / "decoder")
-    after = vae_stage.load_run(tmp_path / "decoder", NANO_VAE).state_dict()
+    after = open_vae(tmp_path / "decoder").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("decoder.")}
 
