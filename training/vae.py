@@ -112,7 +112,7 @@ class VAETraining:
 
 NANO = VAETraining(
     model=NANO_VAE,
-    run=RunConfig(steps=1500, ema=0.995, validate_every=250),
+    run=RunConfig(steps=2400, ema=0.995, validate_every=300, parallel=ParallelConfig(precision="bf16")),
     optim=OptimConfig(lr=4e-4, final_lr=1e-5, weight_decay=0.0, full_rate_inputs=50),
     crops=(Crops(batch=2, size=128, frames=5), Crops(batch=8, size=128), Crops(batch=2, size=96, frames=9)),
 )
