@@ -28,11 +28,12 @@ from .buckets import BATCH_TOKENS, tokens
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .discriminator import Discriminator
 from .guards import GuardConfig
-from .pretrain import NANO_DIT, cost, latent_errors, latent_previews, load_run, noised_condition
+from .pretrain import NANO_DIT, Captions, cost, latent_errors, latent_previews, load_run, noised_condition
 from .previews import Preview
 from .randomness import key, rng, torch_rng
 from .restorer import Restorer
 from .shards import HELD_OUT, Latents
+from .text import Chosen, TextConfig, Texts, refuse_bad_targets
 
 Half = Literal["d", "g"]
 
@@ -105,11 +106,13 @@ class PostTraining:
     batch_tokens: int | None = setting(
         None, "of a micro-batch, which has as many pairs as fit, at least one", source="S2", least=1, frozen=True
     )
+    text: TextConfig = TextConfig()
     condition_noise: float = setting(0.25, "most noise in the condition, from 0..this", source="RC", least=0, most=1)
 
+    def __post_init__(self) -> None:
+        refuse_bad_targets(self.text)
 
-# Latent size of the longest sample of the curriculum, 97 frames of 720p; the published sizes are costed on it.
-LARGEST = Grid(25, 90, 160)
+
 # Adam without momentum, as games want it, and with a long memory of squares, as small batches want it.
 SMALL_BATCH = OptimConfig(lr=1e-6, final_lr=1e-6, betas=(0.0, 0.99), weight_decay=0.01, warmup=100, decay=0.0)
 _3B = PostTraining(
@@ -165,8 +168,12 @@ def pairs_of(config: PostTraining, latent: Grid) -> int:
     return config.batch if config.batch_tokens is None else max(1, config.batch_tokens // tokens(latent))
 
 
-def draw_pairs(latents: Latents, config: PostTraining, half: Half, step: int, micro: int) -> tuple[Tensor, Tensor]:
-    """Clean and degraded latents b c t h w for half a step. All its micro-batches have one shape.
+def draw_pairs(
+    latents: Latents, config: PostTraining, half: Half, step: int, micro: int
+) -> tuple[Tensor, Tensor, Captions | None]:
+    """Clean and degraded latents b c t h w for half a step, and the captions of its samples where the run uses them.
+
+    All micro-batches of a step have one shape.
 
     Raises:
         SettingError: there are no latents as long as the step's phase asks for.
@@ -180,8 +187,9 @@ def draw_pairs(latents: Latents, config: PostTraining, half: Half, step: int, mi
     kind = fit[rng(latents.seed, f"apt/{half}/kind", step).integers(len(fit))]
     count, _, *shape = kind["hq"].shape
     size = pairs_of(config, Grid(*shape))
-    index = rng(latents.seed, f"apt/{half}/order", step, micro).integers(HELD_OUT, count, size)
-    return tuple(kind[name][torch.from_numpy(index)] * latents.scale for name in ("hq", "lq"))
+    index = torch.from_numpy(rng(latents.seed, f"apt/{half}/order", step, micro).integers(HELD_OUT, count, size))
+    real, degraded = (kind[name][index] * latents.scale for name in ("hq", "lq"))
+    return real, degraded, kind["txt"][index] if config.text.mode == "caption" else None
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class Sample:
     condition: Tensor  # b c t h w, degraded and noised; the same for generator and discriminator
     noise: Tensor  # b c t h w
     u: Tensor  # b, 0..1; the same for all members of a pair, or their difference would measure the time
+    texts: Chosen  # of the pairs, the same for generator and discriminator
     seed: int
 
 
@@ -207,6 +216,7 @@ class AdversarialStage:
         self.generator = generator.train().requires_grad_(True)
         self.discriminator = Discriminator.of(pretrained.dit).train()
         self.prompt = pretrained.prompt.detach().clone()
+        self.texts = Texts.of_run(config.text, generator, latents, config.run.seed)
         # In the order of their updates within a step.
         self.modules: Mapping[str, nn.Module] = {"d": self.discriminator, "g": self.generator}
 
@@ -233,35 +243,37 @@ class AdversarialStage:
         return max(first) == 1 < max(then)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        return latent_errors(module, self.latents, steps=(1,))
+        return latent_errors(module, self.latents, steps=(1,), captions=self.config.text.mode == "caption")
 
     def preview(self, module: nn.Module) -> list[Preview]:
-        return latent_previews(module, self.latents, steps=1)
+        return latent_previews(module, self.latents, steps=1, captions=self.config.text.mode == "caption")
 
     def draw(self, half: Half, step: int, micro: int) -> Sample:
         """The batch of half a step; the two halves never share one."""
         config, device = self.config, self.generator.device
         seed = key(config.run.seed, f"apt/{half}", step, micro)
-        real, degraded = draw_pairs(self.latents, config, half, step, micro)
+        real, degraded, captions = draw_pairs(self.latents, config, half, step, micro)
         u = torch.rand(len(real), generator=torch_rng(seed, "t_D"))
         return Sample(
             real=real.to(device),
             condition=noised_condition(degraded, seed, step, config.condition_noise).to(device),
             noise=gaussian(real, seed, "noise").to(device),
             u=shift(u, config.disc.t_shift[real.shape[2] > 1]).to(device),
+            texts=self.texts.choose(step, micro, len(real), captions),
             seed=seed,
         )
 
     def restore(self, sample: Sample) -> Tensor:
         """One step from pure noise: b c t h w."""
         u = torch.ones_like(sample.u)
-        return to_data(sample.noise, self.generator.velocity(sample.noise, sample.condition, u), 1.0)
+        velocity = sample.texts.velocity(self.generator, sample.noise, sample.condition, u)
+        return to_data(sample.noise, velocity, 1.0)
 
     def _judge(self, samples: Tensor, sample: Sample, copies: int = 1) -> tuple[Tensor, list[Tensor]]:
-        """Logits and features of `copies` sets of samples that share a condition and a time."""
+        """Logits and features of `copies` sets of samples that share conditions, texts and times."""
         condition = sample.condition.repeat(copies, 1, 1, 1, 1)
-        prompts = [self.prompt.to(samples)] * len(samples)
-        return self.discriminator(samples, condition, prompts, sample.u.repeat(copies))
+        texts = sample.texts.embeddings(self.prompt.to(samples)) * copies
+        return self.discriminator(samples, condition, texts, sample.u.repeat(copies))
 
     def members(self, sample: Sample, restored: Tensor) -> dict[str, Tensor]:
         """What the discriminator is shown: real and restored samples, and both with a little noise if penalised."""
@@ -382,7 +394,7 @@ def load_stage(config: PostTraining, latents: Latents) -> AdversarialStage:
 
 def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workload:
     """Both halves of a step, for the estimate; `sample` is the size of a latent."""
-    sample = sample or (Grid(*doctor.DEFAULT_SAMPLE) if config.batch_tokens is None else LARGEST)
+    sample = sample or Grid(*(doctor.DEFAULT_SAMPLE if config.batch_tokens is None else doctor.LARGEST_SAMPLE))
     generator = doctor.on_meta(lambda: Restorer(config.model))
     discriminator = doctor.on_meta(lambda: Discriminator(config.model))
     x = torch.empty(pairs_of(config, sample), 16, *sample, device="meta")

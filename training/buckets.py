@@ -20,7 +20,8 @@ import numpy as np
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import CLIP_MULTIPLE, Grid
 from seedvr2_core.video.geometry import PATCH as TOKEN_SIDE
-from training.randomness import rng
+
+from .randomness import rng
 
 # Height over width of the shapes that a phase of training uses: 13, spaced evenly in their logarithm.
 ASPECTS, ASPECT_RANGE = 13, (0.42, 2.4)

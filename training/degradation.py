@@ -26,7 +26,8 @@ from torch import Tensor
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import mirror_indices_before, resize, to_uint8
-from training.randomness import rng
+
+from .randomness import rng
 
 # A degraded clip is this many times smaller than its source, on each side, unless its profile says otherwise.
 REDUCTION = 4

@@ -29,7 +29,7 @@ from .previews import Preview
 from .randomness import rng, torch_rng
 from .restorer import Restorer
 from .shards import Latents
-from .text import Chosen, TextConfig, Texts
+from .text import Chosen, TextConfig, Texts, refuse_bad_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,7 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.steps & (self.steps - 1):
             raise SettingError(f"steps is {self.steps}; it is halved to 1, so it has to be a power of two.")
-        if self.text.negative_fraction:
-            raise SettingError("text.negative_fraction is for training.pretrain; a student is taught what its teacher "
-                               "makes of good texts, so set it to 0 here.")
+        refuse_bad_targets(self.text)
 
 
 RECIPES = {
@@ -97,12 +95,20 @@ _3B = Distillation(
     batch=1,
     batch_tokens=90_000,
     image_share=0.3,
+    text=TextConfig(negative="3b"),
 )
+_7B = replace(_3B, model=SEEDVR2_7B, text=TextConfig(negative="7b"))
 RECIPES |= {
     "3b": _3B,
-    "7b": replace(_3B, model=SEEDVR2_7B),
+    "7b": _7B,
     # Guided by the 7B at first; a many-step 3B is what learns.
-    "7b_to_3b": replace(_3B, teacher=Path("runs/pretrain_7b"), teacher_model=SEEDVR2_7B, student=Path("runs/pretrain")),
+    "7b_to_3b": replace(
+        _7B,
+        model=SEEDVR2_3B,
+        teacher=Path("runs/pretrain_7b"),
+        teacher_model=SEEDVR2_7B,
+        student=Path("runs/pretrain"),
+    ),
 }
 
 

@@ -408,12 +408,12 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
 
     pictures = (Phase(share=1.0, frames=(1,)),)
     if name == "apt":
-        fake = replace(config, batch_tokens=None, curriculum=pictures)
+        fake = replace(config, batch_tokens=None, curriculum=pictures, text=TextConfig())
         return lambda: (AdversarialStage(fake, latents, *(Restorer(fake.model) for _ in range(2))),
                         {"d": fake.d, "g": fake.g})  # fmt: skip
     from .lora import AdaptedAdversarialStage, Base, flow_matching
 
-    fake = replace(config, curriculum=pictures)
+    fake = replace(config, curriculum=pictures, text=TextConfig())
     if config.objective == "flow":
         return lambda: (flow_matching(fake, latents, Base(Restorer(fake.model), fake.lora.base)), {"g": fake.g})
     return lambda: (AdaptedAdversarialStage(fake, latents, Base(Restorer(fake.model), fake.lora.base)),

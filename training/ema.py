@@ -41,9 +41,8 @@ class EMA:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** self.every
         averaged = [local(value) for value in self.averages.values()]
-        current = [
-            own.to(value.device, non_blocking=True) for own, value in zip(self._own(module), averaged, strict=True)
-        ]
+        # Waited for: the averages may be on the CPU, which would read what has not arrived.
+        current = [own.to(value.device) for own, value in zip(self._own(module), averaged, strict=True)]
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     @contextmanager

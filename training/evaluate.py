@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 from seedvr2_core.device import pick_device
 from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
-from training.data import CLIP_SUFFIXES, IMAGE_SUFFIXES, decode, list_clips, list_media
-from training.degradation import NANO, degrade
-from training.metrics import PANEL, Measure, Metric, means, measure
-from training.perceptual import OPTIONAL, MetricMissing
-from training.randomness import key
+
+from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, decode, list_clips, list_media
+from .degradation import NANO, degrade
+from .metrics import PANEL, Measure, Metric, means, measure
+from .perceptual import OPTIONAL, MetricMissing
+from .randomness import key
 
 log = logging.getLogger(__name__)
 

@@ -90,16 +90,13 @@ def export(
     tensors = read(run, step, what)
     saved = configs.load_saved(run) or {}
     metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": f"{run.name}, step {step}, {what}"}
-    if "prompt" not in tensors and saved.get(weights.BASE_KEY) is None:
+    is_lora = weights.base_of(saved) is not None
+    if "prompt" not in tensors and not is_lora:
         vae = weights.build_vae(run, tensors)
         _save_vae(vae.to(dtype), out, latents, metadata)
         return
-    if saved.get(weights.BASE_KEY) is not None:
-        restorer = merged(run, tensors, torch.float32, "cpu")
-        negative = weights.open_negative(saved[weights.BASE_KEY])
-    else:
-        restorer, negative = weights.build_restorer(run, tensors), None
-    _save_restorer(restorer, out, dtype, negative, metadata)
+    restorer = merged(run, tensors, torch.float32, "cpu") if is_lora else weights.build_restorer(run, tensors)
+    _save_restorer(restorer, out, dtype, weights.open_negative(run), metadata)
 
 
 def _save_vae(vae: VideoVAE, out: Path, latents: Path | None, metadata: dict[str, str]) -> None:

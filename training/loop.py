@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 import warnings
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from seedvr2_core.device import pick_device
-from seedvr2_core.errors import CheckpointError
+from seedvr2_core.errors import CheckpointError, SettingError
 
 from . import config as configs
 from . import state
@@ -125,6 +126,8 @@ def open_session(command: Command, config: Any) -> Session:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if config.run.deterministic:
+        # Without it cuBLAS is refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = local_device(str(pick_device(command.device)))
@@ -195,7 +198,8 @@ def run(
         session: how this call goes about it.
 
     Raises:
-        SettingError: a run found in `directory` was begun with another model, seed or data.
+        SettingError: a run found in `directory` was begun with another model, seed or data; or it has come further than
+            where the session is to begin.
         CheckpointError: the last checkpoint could not be saved, or the one to resume from does not fit.
         Preempted: stopped by SIGTERM, SIGUSR1, run.max_hours or `most_steps`, and saved.
         Stopped: by a guard.
@@ -466,9 +470,14 @@ class Trainer:
     def _begin(self, config: Any) -> int:
         """Take up the checkpoint that the session asks for; the number of steps that have been made."""
         directory, session = self.directory, self.session
-        path = self.checkpoints.newest() if session.resume == "auto" else None
-        if session.resume not in ("auto", "none"):
-            path = Path(session.resume)
+        newest = self.checkpoints.newest()
+        path = {"auto": newest, "none": None}.get(session.resume, Path(session.resume))
+        there, first = (0 if at is None else state.read_meta(at)["step"] for at in (newest, path))
+        if there > first:
+            raise SettingError(
+                f"{directory} holds a checkpoint of step {there}, and this run would begin at step {first} beside it: "
+                f"the call after this one would go on from the wrong one. Choose another --out, or move it away first."
+            )
         before = configs.load_saved(directory) if path else None
         if before is not None and (changes := configs.differences(before, config)):
             for key, (old, new) in changes.items():

@@ -50,9 +50,10 @@ from .guards import GuardConfig
 from .parallel import Arranged
 from .pretrain import NANO_DIT, Pretraining, PretrainStage
 from .randomness import key
-from .restorer import Restorer
+from .restorer import Restorer, embeddings
 from .shards import Latents
-from .weights import open_restorer
+from .text import TextConfig, Texts, refuse_bad_targets
+from .weights import base_of, open_restorer
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class LoraConfig:
 class LoraTraining:
     """Everything a run of this stage depends on."""
 
-    base: Path = setting(about="what is adapted: a run, a checkpoint, or nano, 3b, 7b")
+    init: str = setting(about="what is adapted: run, checkpoint or published name")
     model: DiTConfig = SEEDVR2_3B
     objective: Objective = setting("flow", "flow matching, or adversarial post-training of a one-step base")
     lora: LoraConfig = LoraConfig()
@@ -91,6 +92,7 @@ class LoraTraining:
     d: OptimConfig | None = None  # of the discriminator's adapters and readout
     guard: GuardConfig = GuardConfig()
     batch: int = setting(1, "samples of a micro-batch", least=1, frozen=True)
+    text: TextConfig = TextConfig()
     text_dropout: float = setting(0.1, "flow matching: share of samples with the null prompt", least=0, most=1)
     condition_noise: float = setting(0.25, "most noise in the condition", source="RC", least=0, most=1)
     pure_noise: float = setting(0.0, "flow matching: share of samples at pure noise", least=0, most=1)
@@ -98,9 +100,13 @@ class LoraTraining:
     disc: DiscConfig = DiscConfig(backward="replay")
     curriculum: tuple[Phase, ...] = CURRICULUM
 
+    def __post_init__(self) -> None:
+        if self.objective == "apt":
+            refuse_bad_targets(self.text)
+
 
 _FLOW = LoraTraining(
-    base=Path("3b"),
+    init="3b",
     model=SEEDVR2_3B,
     run=RunConfig(
         steps=5000, micro_batches=8, ema=0.999, save_every=250, parallel=ParallelConfig(activation_checkpoint=True)
@@ -113,7 +119,7 @@ _GAN = OptimConfig(lr=2e-5, final_lr=2e-5, betas=(0.0, 0.99), weight_decay=0.0)
 _APT = replace(_FLOW, objective="apt", g=_GAN, d=_GAN, run=replace(_FLOW.run, steps=2000, ema=0.995))
 _SHORT = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 17)))
 _MIDDLE = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 21)))
-_7B = {"base": Path("7b"), "model": SEEDVR2_7B}
+_7B = {"init": "7b", "model": SEEDVR2_7B}
 _SMALL_RUN = RunConfig(steps=400, seed=6, ema=0.99, save_every=100, validate_every=200)
 RECIPES = {
     "3b_lora_24gb": _FLOW,
@@ -126,11 +132,11 @@ RECIPES = {
     "7b_lora_apt_48gb": replace(_APT, **_7B, curriculum=_MIDDLE),
     "7b_lora_apt_80gb": replace(_APT, **_7B),
     "nano": replace(
-        _FLOW, base=Path("nano"), model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
+        _FLOW, init="nano", model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
         g=replace(_FLOW.g, lr=5e-4, final_lr=5e-5), batch=16, condition_noise=0.1,
     ),
     "nano_apt": replace(
-        _APT, base=Path("nano"), model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
+        _APT, init="nano", model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
         batch=8, condition_noise=0.1, disc=DiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),),
     ),
 }  # fmt: skip
@@ -317,12 +323,21 @@ class AdaptedRestorer(Arranged):
     def device(self) -> torch.device:
         return self.base.restorer.device
 
-    def velocity(self, x: Tensor, condition: Tensor, u: Tensor, dropped: Tensor | None = None) -> Tensor:
+    @property
+    def prompt(self) -> Tensor:
+        return self.base.restorer.prompt
+
+    def velocity(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        u: Tensor,
+        dropped: Tensor | None = None,
+        texts: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """See `Restorer.velocity`."""
-        prompt = self.base.restorer.prompt
-        drops = [False] * len(x) if dropped is None else dropped.tolist()
-        prompts = [prompt * (not drop) for drop in drops]
-        latents = torch.cat([x, with_mask(condition)], dim=1).to(prompt.dtype)
+        prompts = embeddings(self.prompt, len(x), dropped, texts)
+        latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
         blocks = self.layers.of(_Blocks(self.base.blocks(self.adapters)))
         return torch.stack(self.base.dit(latents, prompts, u, blocks=blocks)).to(x.dtype)
 
@@ -368,6 +383,7 @@ class AdaptedAdversarialStage(AdversarialStage):
         self.generator = AdaptedRestorer(base, config.lora)
         self.discriminator = AdaptedDiscriminator(base, config.lora)
         self.prompt = base.restorer.prompt.detach()
+        self.texts = Texts.of_run(config.text, self.generator, latents, config.run.seed)
         self.modules = {"d": self.discriminator, "g": self.generator}
 
 
@@ -376,16 +392,17 @@ def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> Pretrai
     torch.manual_seed(key(config.run.seed, "lora/adapters"))
     as_pretraining = Pretraining(
         model=config.model, run=config.run, optim=config.g, guard=config.guard, batch=config.batch,
-        text_dropout=config.text_dropout, condition_noise=config.condition_noise, pure_noise=config.pure_noise,
+        text=config.text, text_dropout=config.text_dropout, condition_noise=config.condition_noise,
+        pure_noise=config.pure_noise,
     )  # fmt: skip
     return PretrainStage(as_pretraining, latents, AdaptedRestorer(base, config.lora))
 
 
 def post_training(config: LoraTraining) -> PostTraining:
     return PostTraining(
-        model=config.model, run=config.run, g=config.g, d=config.d or config.g, pretrained=config.base,
-        distilled=config.base, loss=config.loss, disc=config.disc, curriculum=config.curriculum, batch=config.batch,
-        condition_noise=config.condition_noise,
+        model=config.model, run=config.run, g=config.g, d=config.d or config.g, pretrained=config.init,
+        distilled=config.init, loss=config.loss, disc=config.disc, curriculum=config.curriculum, batch=config.batch,
+        text=config.text, condition_noise=config.condition_noise,
     )  # fmt: skip
 
 
@@ -451,11 +468,14 @@ def merged(run: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device:
     The base is merged in fp32, whatever type it had in training: it is rounded once.
     """
     saved = configs.load_saved(run) or {}
-    base = Base(open_restorer(saved["base"], torch.float32, device))
+    base = Base(open_restorer(base_of(saved), torch.float32, device))
     config = LoraConfig(**{**saved["lora"], "base": "fp32"})
     adapters = Adapters(base, config)
     own = {name.removeprefix("adapters."): tensor for name, tensor in tensors.items() if name.startswith("adapters.")}
     _fill(adapters, own, run)
+    if saved.get("text", {}).get("mode") == "none":
+        # As `Texts.of_run` had it in training.
+        nn.init.zeros_(base.restorer.prompt)
     return base.merge(adapters).to(dtype)
 
 
@@ -487,7 +507,7 @@ def main() -> None:
         print(doctor.estimate(config, workload(config)))
         return
     session = loop.open_session(command, config)
-    base = Base(open_restorer(config.base, DTYPES[config.lora.base]), config.lora.base).to(session.processes.device)
+    base = Base(open_restorer(config.init, DTYPES[config.lora.base]), config.lora.base).to(session.processes.device)
     latents = Latents(command.data, config.run.seed)
     if config.objective == "apt":
         stage = AdaptedAdversarialStage(config, latents, base)
@@ -496,7 +516,7 @@ def main() -> None:
         stage, optims = flow_matching(config, latents, base), {"g": config.g}
     adapted = loop.run(stage, config, optims, command.out, session)
     if session.processes.first:
-        save_adapters(command.out / "adapter", adapted.adapters, config.lora, str(config.base))
+        save_adapters(command.out / "adapter", adapted.adapters, config.lora, config.init)
         log.info("The adapters are in %s; merge them with: python -m training.export --run %s --out model.safetensors",
                  command.out / "adapter", command.out)  # fmt: skip
 

@@ -16,15 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from seedvr2_core.diffusion.schedule import velocity
-
 # Side of the windows whose spectra are compared, in pixels.
 WINDOW = 32
-
-
-def flow_matching(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-    """mean (v - (noise - data))^2, over all entries. Source: the released configuration, loss "v_lerp"."""
-    return (predicted - velocity(data, noise)).square().mean()
 
 
 def relativistic_d(r: Tensor, f: Tensor) -> Tensor:
@@ -72,25 +65,27 @@ def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
 
 
 def feature_distances(restored: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """mean |D_i(restored) - D_i(real)| of the features of every tap i: as many as there are taps."""
-    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(restored, real, strict=True)])
+    """mean |D_i(restored) - D_i(real)| of the features of every tap i: as many as there are taps.
 
-
-def feature_matching(restored: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """mean over taps of their distances. The paper gives no normalisation; a mean keeps its weight at every size.
+    Their mean is the loss of feature matching. The paper gives no normalisation; a mean keeps its weight at every size.
 
     Source: SeedVR2, arXiv 2506.05301, eq. 4.
     """
-    return feature_distances(restored, real).mean()
+    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(restored, real, strict=True)])
 
 
-def gradient_ratio(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """|da/dW| / |db/dW|, at most 1e4: what makes a loss b pull at a weight as hard as a loss a does.
+def gradient_ratio(a: Tensor, b: Tensor, output: Tensor) -> Tensor:
+    """|da/dx| / |db/dx|, at most 1e4: what makes a loss b pull at an output x as hard as a loss a does.
 
-    Both graphs are kept; no gradient goes through the ratio. Source: VQGAN, arXiv 2012.09841, eq. 7.
+    Both graphs are kept; no gradient goes through the ratio.
+
+    Source: VQGAN, arXiv 2012.09841, eq. 7, which takes both gradients at the weight of the last layer. At what that
+    layer returns they are to be had however its weight is sharded or cast; so does EnCodec, arXiv 2210.13438,
+    section 3.4.
     """
-    of_a, of_b = (torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (a, b))
-    return (of_a / (of_b + 1e-4)).clamp(max=1e4)
+    of_a, of_b = (torch.autograd.grad(loss, output, retain_graph=True)[0].norm() for loss in (a, b))
+    # The gradient of a mean over a million entries is small; a floor that is not smaller still would be the ratio.
+    return (of_a / of_b.clamp_min(1e-12)).clamp(max=1e4)
 
 
 def high_frequency_ratio(restored: Tensor, real: Tensor) -> Tensor:

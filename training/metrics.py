@@ -23,7 +23,8 @@ from torch import Tensor
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import to_uint8
-from training.degradation import luma
+
+from .degradation import luma
 
 Plane = Literal["rgb", "y"]
 

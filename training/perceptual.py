@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import to_uint8
-from training.metrics import Metric, Opened, warp_error
+
+from .metrics import Metric, Opened, warp_error
 
 # Where a checkout of DOVER lies, with its weights.
 DOVER_VARIABLE = "DOVER_DIR"

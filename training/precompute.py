@@ -7,7 +7,7 @@ continued: shards that are finished are passed over. Whoever finishes the last o
 
 A file NAME.txt.safetensors beside a picture, a video or a folder of frames NAME is the embedding of its caption, one
 tensor of tokens x width, and goes into its samples. `prompt=3b` gives all others the prompt of a published model. What
-is done with texts is said by `text.mode` of training.pretrain.
+is done with texts is said by `text.mode` of the stage that reads them.
 """
 # T H W pixel frames, height, width   c t h w latent channels, frames, height, width   l c text tokens and channels
 

@@ -113,12 +113,14 @@ _3B = Pretraining(
     batch=1,
     batch_tokens=90_000,
     image_share=0.3,
+    text=TextConfig(negative_fraction=0.05, negative="3b"),
 )
+_7B = replace(_3B, model=SEEDVR2_7B, init="7b", text=replace(_3B.text, negative="7b"))
 RECIPES |= {
     "3b": _3B,
-    "7b": replace(_3B, model=SEEDVR2_7B, init="7b"),
+    "7b": _7B,
     # As the paper began: random weights, and ten times the rate.
-    "7b_scratch": replace(_3B, model=SEEDVR2_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5)),
+    "7b_scratch": replace(_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5)),
 }
 
 
@@ -131,7 +133,7 @@ def noised_condition(lq: Tensor, seed: int, step: int, most: float, micro: int =
 
 
 class PretrainStage:
-    """Flow matching: mean (v(x_u, condition, u) - (noise - data))^2."""
+    """Flow matching: mean (v(x_u, condition, u) - (noise - data))^2. Source: released configuration, loss "v_lerp"."""
 
     averaged = "g"
 

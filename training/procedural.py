@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from training.randomness import rng
+from .randomness import rng
 
 # Shapes are drawn at twice the size and averaged down, which gives them clean edges.
 SUPERSAMPLE = 2

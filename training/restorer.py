@@ -49,17 +49,20 @@ class Restorer(Arranged):
             dropped: b, which samples get the null prompt; None: none of them.
             texts: embedding l c of each sample that has another than the learned prompt; None: none of them.
         """
-        drops = [False] * len(x) if dropped is None else dropped.tolist()
-        told = zip(texts or [None] * len(x), drops, strict=True)
-        prompts = [self.prompt if drop or text is None else self._beside(text) for text, drop in told]
-        if dropped is not None:
-            prompts = [prompt * (not drop) for prompt, drop in zip(prompts, drops, strict=True)]
+        prompts = embeddings(self.prompt, len(x), dropped, texts)
         latents = torch.cat([x, with_mask(condition)], dim=1).to(self.prompt.dtype)
         return torch.stack(self.dit(latents, prompts, u, blocks=self.layers.of(self.dit))).to(x.dtype)
 
-    def _beside(self, text: Tensor) -> Tensor:
-        # With no row of the prompt, so that all processes have a gradient of it to share, be it zero.
-        return torch.cat([text.to(self.prompt), self.prompt[:0]])
+
+def embeddings(
+    prompt: Tensor, count: int, dropped: Tensor | None = None, texts: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """What each of `count` samples is told, l c, by a model with this prompt; see `Restorer.velocity`."""
+    drops = [False] * count if dropped is None else dropped.tolist()
+    told = zip(texts or [None] * count, drops, strict=True)
+    # A text has no row of the prompt beside it, so that all processes have a gradient of that to share, be it zero.
+    found = [prompt if drop or text is None else torch.cat([text.to(prompt), prompt[:0]]) for text, drop in told]
+    return found if dropped is None else [text * (not drop) for text, drop in zip(found, drops, strict=True)]
 
 
 @torch.no_grad()

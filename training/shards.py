@@ -35,9 +35,10 @@ from torch import Tensor
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
-from training.buckets import BATCH_TOKENS, Batch, BatchPlan, Tail, batch_size, members_of
-from training.data import UNREADABLE_SHARE
-from training.randomness import rng
+
+from .buckets import BATCH_TOKENS, Batch, BatchPlan, Tail, batch_size, members_of
+from .data import UNREADABLE_SHARE
+from .randomness import rng
 
 log = logging.getLogger(__name__)
 
@@ -334,8 +335,9 @@ class Latents:
         kinds = np.asarray(self.store.kind_of)
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
         self._plan: tuple[tuple, BatchPlan] | None = None
-        # Every kind and shape apart, {"hq": n c t h w, "lq": the same}, not scaled, read when indexed by samples.
-        # Held-out samples are among the first HELD_OUT of each; where there are no others, the shape is left out.
+        # Every kind and shape apart, {"hq": n c t h w, "lq": the same}, not scaled, read when indexed by samples; of
+        # shards also "txt", n texts. Held-out samples are among the first HELD_OUT of each; where there are no others,
+        # the shape is left out.
         self.kinds = self.store.by_shape()
 
     def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
@@ -434,7 +436,7 @@ class _Shards:
         self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
         self.unreadable = reader.unreadable
 
-    def by_shape(self) -> list[dict[str, Column]]:
+    def by_shape(self) -> list[dict[str, Column | TextColumn]]:
         kind_of = np.asarray(self.kind_of)
         groups = []
         for kind in np.unique(kind_of):
@@ -442,7 +444,7 @@ class _Shards:
                 ids = np.flatnonzero((kind_of == kind) & (self.bucket_of == bucket))
                 if len(ids) > HELD_OUT:
                     columns = (Column(self.read, ids, self.buckets[bucket], place) for place in (0, 1))
-                    groups.append(dict(zip(("hq", "lq"), columns, strict=True)))
+                    groups.append(dict(zip(("hq", "lq"), columns, strict=True)) | {"txt": TextColumn(self.read, ids)})
         return groups
 
 
@@ -461,6 +463,16 @@ class Column:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         chosen = self.ids[index.numpy() if isinstance(index, Tensor) else index]
         return torch.stack([self.read(int(number), 0)[self.place].float() for number in chosen])
+
+
+class TextColumn:
+    """The texts l c of the same samples, None where there is none."""
+
+    def __init__(self, read: Callable[[int, int], tuple], ids: np.ndarray):
+        self.read, self.ids = read, ids
+
+    def __getitem__(self, index: Tensor) -> list[Tensor | None]:
+        return [self.read(int(number), 0)[2] for number in self.ids[index.numpy()]]
 
 
 class _PlainFiles:

@@ -67,7 +67,7 @@ class Checkpoints:
         future: Future = Future()
         try:
             if self.processes.first:
-                # Left by a crash, or by a run that this one replaces.
+                # Left by a crash.
                 remove(path)
                 path.mkdir(parents=True)
             self.processes.agree(None)
@@ -121,7 +121,7 @@ class Checkpoints:
     def amend(self, path: Path, meta: Mapping[str, Any]) -> None:
         """Change what a complete checkpoint says besides its tensors."""
         if self.processes.first:
-            write_whole(path / META, json.dumps({**json.loads((path / META).read_text("utf-8")), **meta}, indent=1))
+            write_whole(path / META, json.dumps({**read_meta(path), **meta}, indent=1))
         self.processes.agree(None)
 
     def newest(self) -> Path | None:
@@ -154,7 +154,7 @@ class Checkpoints:
                 )
         quietly(dcp.load, wanted, checkpoint_id=path, process_group=self.processes.saving)
         self.last = path
-        return json.loads((path / META).read_text("utf-8"))
+        return read_meta(path)
 
 
 def remove(path: Path) -> None:
@@ -169,14 +169,24 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def stored(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in a checkpoint.
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors.
 
     Raises:
         CheckpointError: it is not complete.
     """
     if not (path / META).exists():
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {META}. Choose another, or leave --resume.")
+    return json.loads((path / META).read_text("utf-8"))
+
+
+def stored(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in a checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete.
+    """
+    read_meta(path)
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 

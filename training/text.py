@@ -22,7 +22,7 @@ from seedvr2_core.errors import CheckpointError, SettingError
 
 from .config import setting
 from .randomness import torch_rng
-from .restorer import Restorer
+from .restorer import Restorer, embeddings
 from .shards import Latents
 from .weights import open_negative
 
@@ -34,11 +34,11 @@ class TextConfig:
     mode: Literal["fixed", "caption", "none"] = setting(
         "fixed", "the model's prompt for all; the text of each sample in the latents; or the null prompt for all"
     )
-    # Without captions 0.05 is a good value: it is what guidance then leads away from.
+    # Without captions guidance has nothing else to lead away from.
     negative_fraction: float = setting(
         0.0, "share of samples with the negative prompt, and the degraded latent for a target", least=0, most=0.5
     )
-    negative: str | None = setting(None, "checkpoint or published name that the negative prompt is taken from")
+    negative: str | None = setting(None, "run, checkpoint or published name that the negative prompt is taken from")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ class Chosen:
 
     def velocity(self, restorer: Restorer, x: Tensor, condition: Tensor, u: Tensor) -> Tensor:
         """Velocity b c t h w of a restorer that is told these texts; see `Restorer.velocity`."""
-        told = (self.dropped,) if self.own is None else (self.dropped, self.own)
-        return restorer.velocity(x, condition, u, *told)
+        return restorer.velocity(x, condition, u, self.dropped, self.own)
+
+    def embeddings(self, prompt: Tensor) -> list[Tensor]:
+        """What the samples are told, l c each, where this is the prompt."""
+        return embeddings(prompt, len(self.negative), self.dropped, self.own)
 
     def target(self, hq: Tensor, lq: Tensor) -> Tensor:
         """The latents b c t h w to restore to: clean ones, but degraded ones for the negative prompt."""
@@ -107,18 +110,16 @@ class Texts:
         Without any text the restorer's own prompt becomes the null prompt, which it then is wherever it is used.
 
         Raises:
-            CheckpointError: there are no captions in the latents, or of another width than the model's.
+            CheckpointError: there are no captions in the latents, or of another width than the model's; or no negative
+                prompt where one is to be.
         """
-        # Adapters know their base's prompt alone, and are asked for nothing else.
-        width = 0 if config == TextConfig() else restorer.prompt.shape[1]
+        width = restorer.prompt.shape[1]
         if config.mode == "caption":
             check_captions(latents, width)
         if config.mode == "none":
             with torch.no_grad():
                 restorer.prompt.zero_()
-        negative = None if config.negative is None else open_negative(config.negative)
-        if config.negative is not None and negative is None:
-            raise CheckpointError(f"{config.negative} holds no negative prompt; name another text.negative.")
+        negative = None if config.negative is None else find_negative(config.negative)
         return cls(config, width, seed, dropout, negative)
 
     def choose(self, step: int, micro: int, count: int, captions: Sequence[Tensor | None] | None = None) -> Chosen:
@@ -143,6 +144,33 @@ class Texts:
         if self.negative is None:
             return Chosen(every, ~every)
         return Chosen(None, every, [self.negative] * count)
+
+
+def find_negative(where: str) -> Tensor:
+    """The negative prompt l c that `text.negative` names.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    without = "Or train without it: text.negative=none text.negative_fraction=0"
+    try:
+        found = open_negative(where)
+    except CheckpointError as error:
+        raise CheckpointError(f"text.negative={where}: {error} {without}") from error
+    if found is None:
+        raise CheckpointError(f"{where} holds no negative prompt; name another text.negative. {without}")
+    return found
+
+
+def refuse_bad_targets(config: TextConfig) -> None:
+    """For stages after flow matching, which make good samples alone.
+
+    Raises:
+        SettingError: a share of samples is to have the negative prompt.
+    """
+    if config.negative_fraction:
+        raise SettingError("text.negative_fraction is for flow matching, in training.pretrain or training.lora; what "
+                           "comes after it makes good samples alone, so set it to 0 here.")
 
 
 def check_captions(latents: Latents, width: int) -> None:

@@ -25,8 +25,6 @@ from . import state
 from .restorer import Restorer
 
 NAMES = ("nano", *NAMED)
-# Of a run of `training.lora`: what it adapts, and the prefix of the adapters' tensors.
-BASE_KEY = "base"
 
 
 def published(where: str | Path, kind: str) -> Path:
@@ -83,7 +81,7 @@ def open_restorer(
     if is_run(where):
         tensors = state.load_averaged(Path(where))
         saved = configs.load_saved(Path(where)) or {}
-        if saved.get(BASE_KEY) is not None:
+        if base_of(saved) is not None:
             from .lora import merged  # it builds on this file
 
             return merged(Path(where), tensors, dtype, device)
@@ -105,9 +103,24 @@ def build_restorer(run: Path, tensors: Mapping[str, Tensor]) -> Restorer:
     return restorer
 
 
+def base_of(saved: Mapping[str, Any]) -> str | None:
+    """What a run of `training.lora` adapts, by its saved config; None: it is a run of another stage."""
+    # Older runs call it base.
+    return saved.get("init", saved.get("base")) if "lora" in saved else None
+
+
 def open_negative(where: str | Path) -> Tensor | None:
-    """The negative prompt l c of a checkpoint or published model, or None where it has none."""
-    return None if is_run(where) else load_prompts(published(where, "dit")).negative
+    """The negative prompt l c of a checkpoint or published model, or the one that a run, or the base of its adapters,
+    was trained with; None where there is none.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    if not is_run(where):
+        return load_prompts(published(where, "dit")).negative
+    saved = configs.load_saved(Path(where)) or {}
+    named = saved.get("text", {}).get("negative") or base_of(saved)
+    return None if named is None else open_negative(named)
 
 
 def empty_restorer(config: DiTConfig, prompt_tokens: int) -> Restorer:

@@ -194,7 +194,7 @@ def test_the_generator_starts_from_pure_noise_and_lands_on_data(config):
     sample = stage.draw("g", 0, 0)
 
     class Perfect:
-        def velocity(self, x, condition, u):
+        def velocity(self, x, condition, u, *texts):
             assert (u == 1).all() and torch.equal(x, sample.noise)
             return x - sample.real
 

@@ -10,7 +10,7 @@ import pytest
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import DiTConfig
-from training import apt, config, distill, pretrain, vae
+from training import apt, config, distill, lora, pretrain, vae
 from training.config import OptimConfig, RunConfig, check, load_config, override, parse_command, run_main, setting
 
 FOLDERS = ["--out", "run", "--data", "files"]
@@ -156,6 +156,11 @@ def test_a_file_may_build_on_a_file_and_the_command_line_has_the_last_word(recip
     assert (run.seed, run.steps, run.ema) == (4, 30, 0.5)
 
 
+def test_a_file_names_the_recipe_of_adapters_and_the_model_they_are_for(tmp_path):
+    changed = load_config(yaml_file(tmp_path, "base: 7b_lora_24gb\ninit: runs/mine\nlora: {rank: 8}"), lora.RECIPES)
+    assert (changed.init, changed.lora.rank, changed.lora.base) == ("runs/mine", 8, "fp8")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -249,7 +254,7 @@ def test_options_stand_anywhere_among_the_overrides(recipe):
     assert (command.config.run.steps, command.config.run.seed) == (3, 1)
 
 
-@pytest.mark.parametrize("stage", [vae, pretrain, distill, apt], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("stage", [vae, pretrain, distill, apt, lora], ids=lambda stage: stage.__name__)
 def test_every_recipe_of_every_stage_is_in_range_and_survives_its_file(stage, tmp_path):
     for name, recipe in stage.RECIPES.items():
         check(recipe)

@@ -22,12 +22,12 @@ class Teacher(nn.Module):
     def __init__(self, formula):
         super().__init__()
         self.formula = formula
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight, self.prompt = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 24))
         self.times: list[float] = []
         self.dropped: list[bool] = []
         self.device = self.weight.device
 
-    def velocity(self, x, condition, u, dropped=None):
+    def velocity(self, x, condition, u, dropped=None, texts=None):
         self.times += u.tolist()
         self.dropped.append(dropped is not None)
         return self.formula(x, condition, u.view(-1, 1, 1, 1, 1)) + self.weight

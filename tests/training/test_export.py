@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from seedvr2_core.__main__ import main as seedvr2
-from seedvr2_core.checkpoints import inspect, load_dit, load_prompts, load_vae
+from seedvr2_core.checkpoints import inspect, load_dit, load_prompts, load_vae, save
 from seedvr2_core.checkpoints.folders import NANO_DIT as NANO_FILE
 from seedvr2_core.checkpoints.folders import NANO_VAE
 from seedvr2_core.errors import CheckpointError
 from training import loop
-from training.config import OptimConfig, RunConfig, to_yaml
+from training.config import CONFIG_FILE, OptimConfig, RunConfig, load_saved, to_yaml
 from training.export import export, main, read
 from training.lora import Base, LoraConfig, LoraTraining, flow_matching
 from training.pretrain import NANO_DIT, Pretraining, PretrainStage
@@ -50,7 +52,7 @@ def pretrain_run(tiny_dit, latents_folder, tmp_path_factory) -> Path:
 def lora_run(pretrain_run, tiny_dit, latents_folder) -> Path:
     folder = pretrain_run.parent / "lora"
     config = LoraTraining(
-        base=pretrain_run, model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32"), batch=2
+        init=str(pretrain_run), model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32"), batch=2
     )
     base = Base(open_restorer(pretrain_run))
     loop.run(flow_matching(config, Latents(latents_folder, 0), base), config, {"g": RATE}, folder)
@@ -106,11 +108,50 @@ def test_adapters_are_exported_merged(lora_run, tmp_path, tiny_dit, inputs, pret
     assert not torch.allclose(expected, open_restorer(pretrain_run).velocity(*inputs))
     base = Base(open_restorer(pretrain_run))
     stage = flow_matching(
-        LoraTraining(base=pretrain_run, model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32")),
+        LoraTraining(init=str(pretrain_run), model=tiny_dit, run=RUN, g=RATE, lora=LoraConfig(rank=4, base="fp32")),
         None, base,
     )  # fmt: skip
     stage.modules["g"].load_state_dict(read(lora_run))
     torch.testing.assert_close(stage.modules["g"].velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def negative_of(run: Path, file: Path) -> torch.Tensor:
+    export(run, file, dtype=torch.bfloat16)
+    return load_prompts(file).negative
+
+
+def renamed(run: Path, folder: Path, **changes) -> Path:
+    """A copy of a run with another config; a change to None takes a setting out."""
+    copied = folder / run.name
+    shutil.copytree(run, copied, symlinks=True)
+    saved = {key: value for key, value in (load_saved(run) | changes).items() if value is not None}
+    (copied / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    return copied
+
+
+def test_the_negative_prompt_of_a_run_goes_into_its_file(pretrain_run, lora_run, tiny_dit, tmp_path):
+    assert not negative_of(pretrain_run, tmp_path / "plain.safetensors").any()
+    prompts = {f"{sign}_conditioning": torch.full((3, tiny_dit.text_dim), value)
+               for sign, value in (("positive", 1.0), ("negative", -1.0))}  # fmt: skip
+    save(tmp_path / "published.safetensors", open_restorer(pretrain_run).dit, tiny_dit, extra_tensors=prompts)
+    text = {"mode": "fixed", "negative_fraction": 0.05, "negative": str(tmp_path / "published.safetensors")}
+    taught = renamed(pretrain_run, tmp_path, text=text)
+    # Of flow matching, of its student, and of adapters on that one.
+    student = renamed(pretrain_run, tmp_path / "student", text=text | {"negative": str(taught)})
+    adapters = renamed(lora_run, tmp_path, init=str(student))
+    for run in (taught, student, adapters):
+        found = negative_of(run, tmp_path / "file.safetensors")
+        assert torch.equal(found.float(), prompts["negative_conditioning"]), run
+
+
+def test_adapters_of_before_their_base_was_called_init_are_still_opened(lora_run, pretrain_run, tmp_path, inputs):
+    old = renamed(lora_run, tmp_path, init=None, base=str(pretrain_run), text=None)
+    assert torch.equal(open_restorer(old).velocity(*inputs), open_restorer(lora_run).velocity(*inputs))
+
+
+def test_adapters_trained_without_text_are_exported_with_the_null_prompt(lora_run, tmp_path):
+    silent = renamed(lora_run, tmp_path, text={"mode": "none"})
+    assert open_restorer(lora_run).prompt.any() and not open_restorer(silent).prompt.any()
 
 
 def test_an_exported_model_restores_a_clip_at_the_command_line(tmp_path):

@@ -126,7 +126,7 @@ def commands(start, latents_folder, tiny_dit) -> dict[str, list[str]]:
         "pretrain": on_latents,
         "distill": [*on_latents, f"teacher={before}", "steps=4"],
         "apt": [*on_latents, f"pretrained={before}", f"distilled={before}"],
-        "lora": [*on_latents, f"base={before}", "lora.rank=2"],
+        "lora": [*on_latents, f"init={before}", "lora.rank=2"],
     }  # fmt: skip
 
 

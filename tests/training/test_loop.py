@@ -97,16 +97,28 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 def test_resume_none_begins_anew_and_a_path_goes_on_from_there(tmp_path):
     train(Regression(), tmp_path, keep=2)
-    anew = Regression()
-    with pytest.raises(Interrupted):
-        anew.stop_at = 1
-        train(anew, tmp_path, Session(resume="none"))
+    anew, other = Regression(), Regression()
+    train(anew, tmp_path / "anew", Session(resume="none"))
     assert anew.calls[0][1] == 0
-    other = Regression()
     train(other, tmp_path / "other", Session(resume=str(tmp_path / "checkpoints/step_000003")))
     assert other.calls[0][1] == 3
     with pytest.raises(CheckpointError, match=r"no complete checkpoint"):
         train(Regression(), tmp_path / "third", Session(resume=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("resume", ["none", "checkpoints/step_000003", "elsewhere/checkpoints/step_000003"])
+def test_no_run_is_begun_beside_a_later_checkpoint_of_another(tmp_path, resume):
+    train(Regression(), tmp_path, keep=2)
+    train(Regression(), tmp_path / "elsewhere", keep=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    session = Session(resume=resume if resume == "none" else str(tmp_path / resume))
+    again = Regression()
+    with pytest.raises(SettingError, match=r"a checkpoint of step 6, and this run would begin at step [03].*--out"):
+        train(again, tmp_path, session, ema=0.5)
+    # Nothing was trained, and nothing written, removed or lost.
+    assert not again.calls
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    train(Regression(), tmp_path, Session(resume=str(tmp_path / "checkpoints/step_000006")))
 
 
 def test_micro_batches_are_a_batch_in_parts(tmp_path):
@@ -417,13 +429,6 @@ def test_a_run_that_has_gone_back_too_often_or_has_nowhere_to_go_stops(tmp_path)
         assert stopped.value.code == 3
         alerts = journal.read(tmp_path / name / "alerts.jsonl")
         assert sum("Back to step" in alert["message"] for alert in alerts) == times
-
-
-def test_a_run_does_not_go_back_to_a_checkpoint_of_the_run_that_it_replaces(tmp_path):
-    train(Regression(), tmp_path)
-    session = replace(strict(), resume="none")
-    with pytest.raises(loop.Stopped):
-        train(Broken(bad=(1,)), tmp_path, session)
 
 
 def test_a_run_that_only_gets_worse_goes_back_to_where_it_was_saved(tmp_path):

@@ -67,7 +67,7 @@ def shard_latents(latents_folder) -> Latents:
 
 @pytest.fixture
 def config(tiny_dit):
-    return LoraTraining(base="unused", model=tiny_dit, run=RUN, g=RATE, d=RATE, lora=SMALL, batch=2,
+    return LoraTraining(init="unused", model=tiny_dit, run=RUN, g=RATE, d=RATE, lora=SMALL, batch=2,
                         curriculum=(Phase(share=1.0, frames=(1, 5)),))  # fmt: skip
 
 

@@ -100,16 +100,9 @@ def test_4_detaching_the_perturbed_branch_keeps_the_value_and_loses_the_gradient
     assert cosine(net, detached, exact_penalty(net, x)) < 0.9
 
 
-def test_feature_matching_weighs_every_tap_alike():
+def test_the_distance_of_a_tap_does_not_depend_on_its_size():
     small, large = torch.zeros(2, 3), torch.zeros(50, 40)
-    assert losses.feature_matching([small, large], [small + 1, large - 3]).item() == pytest.approx(2.0)
     assert losses.feature_distances([small, large], [small + 1, large - 3]).tolist() == [1.0, 3.0]
-
-
-def test_flow_matching_is_zero_for_noise_minus_data():
-    data, noise = torch.randn(2, 2, 16, 1, 4, 4).unbind()
-    assert losses.flow_matching(noise - data, data, noise).item() == 0
-    assert losses.flow_matching(data - noise, data, noise).item() > 1
 
 
 def test_l1_is_a_mean_over_everything():
@@ -117,12 +110,14 @@ def test_l1_is_a_mean_over_everything():
 
 
 def test_the_gradient_ratio_makes_two_losses_pull_alike():
-    weight = torch.randn(6, requires_grad=True)
-    a, b = (3 * weight).sum(), (weight * torch.tensor([2.0, 0, 0, 0, 0, 0])).sum()
-    ratio = losses.gradient_ratio(a, b, weight)
+    output = torch.randn(6, requires_grad=True)
+    a, b = (3 * output).sum(), (output * torch.tensor([2.0, 0, 0, 0, 0, 0])).sum()
+    ratio = losses.gradient_ratio(a, b, output)
     assert ratio.item() == pytest.approx(3 * math.sqrt(6) / 2, rel=1e-3)
     assert not ratio.requires_grad
-    assert losses.gradient_ratio(1e9 * a, b, weight).item() == pytest.approx(1e4)
+    # As small as those of means over a whole clip.
+    assert losses.gradient_ratio(1e-7 * a, 1e-7 * b, output).item() == pytest.approx(ratio.item(), rel=1e-3)
+    assert losses.gradient_ratio(1e9 * a, b, output).item() == pytest.approx(1e4)
     # The graphs are still there.
     (a + b).backward()
 

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from seedvr2_core.errors import CheckpointError, SettingError
-from training import loop, pretrain
+from training import distill, loop, pretrain
+from training.apt import AdversarialStage, DiscConfig, Phase, PostTraining
 from training.config import OptimConfig, RunConfig
+from training.discriminator import Discriminator
 from training.distill import Distillation, HalvingStage
+from training.lora import AdaptedAdversarialStage, Base, LoraConfig, LoraTraining, flow_matching
 from training.pretrain import Pretraining, PretrainStage
 from training.restorer import Restorer
 from training.shards import HELD_OUT, Latents, Pair, build_index, write_shard
 from training.text import Chosen, TextConfig, Texts
+from training.weights import NAMES
 
 WIDTH = 24  # of tiny_dit
 NEGATIVE = torch.full((5, WIDTH), -1.0)
@@ -236,7 +240,123 @@ def test_a_negative_share_without_a_negative_prompt_is_refused(config, latents):
         PretrainStage(replace(config, text=TextConfig(negative_fraction=0.05, negative="nano")), latents)
 
 
-def test_a_student_is_taught_good_texts_alone(tiny_dit):
+def test_what_comes_after_flow_matching_is_taught_good_texts_alone(tiny_dit):
+    share = {"model": tiny_dit, "run": RunConfig(steps=4), "text": TextConfig(negative_fraction=0.1)}
     with pytest.raises(SettingError, match=r"training\.pretrain"):
-        Distillation(model=tiny_dit, run=RunConfig(steps=4), optim=OPTIM, teacher="unused",
-                     text=TextConfig(negative_fraction=0.1))  # fmt: skip
+        Distillation(**share, optim=OPTIM, teacher="unused")
+    with pytest.raises(SettingError, match=r"training\.pretrain"):
+        PostTraining(**share, g=OPTIM, d=OPTIM, pretrained="unused", distilled="unused")
+    with pytest.raises(SettingError, match=r"training\.lora"):
+        LoraTraining(**share, g=OPTIM, init="unused", objective="apt")
+    assert LoraTraining(**share, g=OPTIM, init="unused").text.negative_fraction == 0.1
+
+
+@pytest.mark.parametrize("name", ["3b", "7b", "7b_scratch"])
+def test_large_recipes_teach_the_published_negative_prompt_and_lead_away_from_it(name):
+    text = pretrain.RECIPES[name].text
+    assert text.negative_fraction == 0.05 and text.negative in NAMES
+    student = distill.RECIPES[name.removesuffix("_scratch")]
+    assert student.text.negative == text.negative and student.cfg == 7.5
+
+
+def test_without_a_negative_prompt_a_large_recipe_says_how_to_do_without(config, latents, tmp_path):
+    for where, words in ((tmp_path / "3b.safetensors", "neither a run directory"), (tmp_path, "holds no negative")):
+        with pytest.raises(CheckpointError, match=words) as refused:
+            PretrainStage(replace(config, text=TextConfig(negative_fraction=0.05, negative=str(where))), latents)
+        assert "text.negative=none text.negative_fraction=0" in str(refused.value)
+
+
+# Adversarial training, and adapters.
+
+
+def alive(module: nn.Module) -> nn.Module:
+    """With weights that let everything through."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module
+
+
+def adversarial(kind: str, tiny_dit, latents, text: TextConfig, backward: str = "joint") -> AdversarialStage:
+    common = {"model": tiny_dit, "run": RunConfig(steps=4), "g": OPTIM, "d": OPTIM, "batch": 8, "text": text,
+              "disc": DiscConfig(backward=backward), "curriculum": (Phase(share=1.0, frames=(1,)),)}  # fmt: skip
+    restorer = alive(Restorer(tiny_dit))
+    if kind == "lora":
+        config = LoraTraining(**common, init="unused", objective="apt", lora=LoraConfig(rank=2, base="fp32"))
+        return AdaptedAdversarialStage(config, latents, Base(restorer))
+    config = PostTraining(**common, pretrained="unused", distilled="unused")
+    return AdversarialStage(config, latents, restorer, alive(Restorer(tiny_dit)))
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[list[torch.Tensor]]:
+    """The embeddings of every pass through a discriminator from now on."""
+    seen = []
+    forward = Discriminator.forward
+    monkeypatch.setattr(Discriminator, "forward", lambda self, samples, condition, texts, u, **more: (
+        seen.append(list(texts)), forward(self, samples, condition, texts, u, **more))[1])  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("backward", ["joint", "replay"])
+@pytest.mark.parametrize("kind", ["all weights", "lora"])
+def test_generator_and_discriminator_are_told_the_caption_of_each_sample(kind, backward, tiny_dit, captioned, told):
+    stage = adversarial(kind, tiny_dit, captioned, CAPTION, backward)
+    listened = []
+    velocity = stage.generator.velocity
+    stage.generator.velocity = lambda *args: (listened.append(args[4]), velocity(*args))[1]
+    numbers = set()
+    for step in range(3):
+        for half in ("d", "g"):
+            listened.clear(), told.clear()
+            stage.backward(half, step, 0, 1.0)
+            sample = stage.draw(half, step, 0)
+            own = sample.texts.own
+            assert all(a is b or torch.equal(a, b) for a, b in zip(listened[0], own, strict=True))
+            for texts in told:
+                for text, caption in zip(texts, own * (len(texts) // 8), strict=True):
+                    assert torch.equal(text, stage.prompt if caption is None else caption)
+            for caption, real in zip(own, sample.real, strict=True):
+                if caption is not None:
+                    numbers.add(number := int(caption[0, 0]))
+                    hq = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(number))
+                    torch.testing.assert_close(real, hq * captioned.scale)
+    assert len(numbers) > 1 and all(number % 2 and number >= HELD_OUT for number in numbers)
+
+
+@pytest.mark.parametrize("kind", ["all weights", "lora"])
+def test_the_adversarial_game_without_text_is_told_nothing_but_zeros(kind, tiny_dit, captioned, told):
+    stage = adversarial(kind, tiny_dit, captioned, TextConfig(mode="none"))
+    for half in ("d", "g"):
+        stage.backward(half, 0, 0, 1.0)
+    assert told and not any(text.any() for texts in told for text in texts)
+    assert not stage.generator.prompt.any()
+
+
+@pytest.mark.parametrize("kind", ["all weights", "lora"])
+def test_captions_of_held_out_samples_are_what_they_are_judged_with(kind, tiny_dit, captioned):
+    results = [adversarial(kind, tiny_dit, captioned, text).validate for text in (TextConfig(), CAPTION)]
+    module = adversarial(kind, tiny_dit, captioned, CAPTION).generator
+    with torch.no_grad():
+        fixed, own = (validate(module) for validate in results)
+    assert fixed["lq"] == own["lq"] and fixed["rms_1"] != own["rms_1"]
+
+
+def test_latents_without_captions_are_refused_by_the_adversarial_stages_too(tiny_dit, latents):
+    for kind in ("all weights", "lora"):
+        with pytest.raises(CheckpointError, match="hold no text"):
+            adversarial(kind, tiny_dit, latents, CAPTION)
+
+
+def test_adapters_for_flow_matching_are_told_captions_and_the_negative_prompt(tiny_dit, captioned):
+    config = LoraTraining(model=tiny_dit, run=RunConfig(steps=4), g=OPTIM, init="unused", batch=16, text=CAPTION,
+                          text_dropout=0.0, lora=LoraConfig(rank=2, base="fp32"))  # fmt: skip
+    stage = flow_matching(config, captioned, Base(alive(Restorer(tiny_dit))))
+    stage.texts = Texts(replace(CAPTION, negative_fraction=0.3), WIDTH, 0, negative=NEGATIVE)
+    *inputs, _, chosen = stage.draw(1, 0, torch.device("cpu"))
+    plain = Chosen.prompts(16)
+    adapted = stage.modules["g"]
+    with torch.no_grad():
+        changed = (chosen.velocity(adapted, *inputs) - plain.velocity(adapted, *inputs)).abs().flatten(1).amax(1) > 1e-6
+    assert changed.tolist() == [text is not None for text in chosen.own] and 0 < chosen.negative.sum() < 16
+    assert "loss" in stage.backward("g", 1, 0, 1.0)

@@ -15,6 +15,7 @@ from training import doctor, loop, losses, state
 from training import vae as vae_stage
 from training.config import OptimConfig, ParallelConfig, RunConfig, check
 from training.data import DataConfig, Dataset
+from training.ema import local
 from training.journal import METRICS, read
 from training.patch_discriminator import PatchConfig
 from training.procedural import still
@@ -272,12 +273,32 @@ def test_the_loss_with_an_opinion_is_the_weighted_sum_of_the_logged_terms(game):
 def test_an_adaptive_opinion_pulls_half_as_hard_as_all_else(game):
     game.config = replace(GAME, adaptive=True, w_g=1.0, w_kl=0.0)
     weight = game.backward("g", 2, 0, 1.0)["adv_weight"]
-    last = game.vae.decoder.conv_out.weight
     clip = game.draw(2, 2)
     restored = game.restore(clip, "posterior", 2, 0)[0]
     terms = (losses.l1(restored, clip) + 0.01 * losses.spectral(restored, clip), game.critic(restored).mean())
-    pulls = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in terms]
+    pulls = [torch.autograd.grad(term, restored, retain_graph=True)[0].norm() for term in terms]
     assert weight == pytest.approx((0.5 * pulls[0] / pulls[1]).item(), rel=0.01)
+
+
+def test_an_opinion_adapts_in_bf16_as_in_fp32_and_leaves_the_same_gradient(data):
+    found = []
+    for precision in ("fp32", "bf16"):
+        run = replace(GAME.run, parallel=ParallelConfig(precision=precision))
+        stage = VAEStage(replace(GAME, adaptive=True, w_g=1.0, run=run), data, [])
+        torch.manual_seed(0)
+        nn.init.normal_(stage.critic.to_logit.weight, std=0.1)
+        processes = loop.connect(run.parallel, torch.device("cpu"))
+        for module in stage.modules.values():
+            processes.place(module)
+        weight = stage.backward("g", 2, 0, 1.0)["adv_weight"]
+        assert not gradients(stage.critic)
+        layers = stage.vae.decoder.conv_out, stage.vae.encoder.conv_in
+        found.append((weight, [local(layer.weight.grad).flatten() for layer in layers]))
+    (weight, exact), (rounded, near) = found
+    assert rounded == pytest.approx(weight, rel=0.1)
+    for a, b in zip(exact, near, strict=True):
+        assert b.norm().item() == pytest.approx(a.norm().item(), rel=0.1)
+        assert torch.cosine_similarity(a, b, dim=0) > 0.97
 
 
 def test_playing_teaches_the_discriminator_and_is_logged(data, held_out, tmp_path):
