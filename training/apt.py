@@ -28,11 +28,11 @@ from .buckets import BATCH_TOKENS, tokens
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .discriminator import Discriminator
 from .guards import GuardConfig
-from .pretrain import NANO_DIT, Captions, cost, latent_errors, latent_previews, load_run, noised_condition
+from .pretrain import NANO_DIT, cost, latent_errors, latent_previews, load_run, noised_condition
 from .previews import Preview
 from .randomness import key, rng, torch_rng
 from .restorer import Restorer
-from .shards import HELD_OUT, Latents
+from .shards import LatentBatch, Latents
 from .text import Chosen, TextConfig, Texts, refuse_bad_targets
 
 Half = Literal["d", "g"]
@@ -168,28 +168,20 @@ def pairs_of(config: PostTraining, latent: Grid) -> int:
     return config.batch if config.batch_tokens is None else max(1, config.batch_tokens // tokens(latent))
 
 
-def draw_pairs(
-    latents: Latents, config: PostTraining, half: Half, step: int, micro: int
-) -> tuple[Tensor, Tensor, Captions | None]:
-    """Clean and degraded latents b c t h w for half a step, and the captions of its samples where the run uses them.
-
-    All micro-batches of a step have one shape.
+def draw_pairs(latents: Latents, config: PostTraining, half: Half, step: int, micro: int) -> LatentBatch:
+    """Pairs for half a step, all of one shape in all its micro-batches.
 
     Raises:
         SettingError: there are no latents as long as the step's phase asks for.
     """
     frames = lengths_at(step, config.run.steps, config.curriculum)
-    lengths = [LATENT_FRAMES * (kind["hq"].shape[2] - 1) + 1 for kind in latents.kinds]
-    fit = [kind for kind, length in zip(latents.kinds, lengths, strict=True) if length in frames]
+    lengths = [LATENT_FRAMES * (shape.t - 1) + 1 for shape in latents.shapes]
+    fit = [number for number, length in enumerate(lengths) if length in frames]
     if not fit:
         raise SettingError(f"The curriculum asks for {frames} frames at step {step}, and the latents have "
                            f"{sorted(set(lengths))}; precompute others, or change curriculum.")
-    kind = fit[rng(latents.seed, f"apt/{half}/kind", step).integers(len(fit))]
-    count, _, *shape = kind["hq"].shape
-    size = pairs_of(config, Grid(*shape))
-    index = torch.from_numpy(rng(latents.seed, f"apt/{half}/order", step, micro).integers(HELD_OUT, count, size))
-    real, degraded = (kind[name][index] * latents.scale for name in ("hq", "lq"))
-    return real, degraded, kind["txt"][index] if config.text.mode == "caption" else None
+    number = fit[rng(latents.seed, f"apt/{half}/kind", step).integers(len(fit))]
+    return latents.of_shape(number, pairs_of(config, latents.shapes[number]), f"apt/{half}", step, micro)
 
 
 @dataclass(frozen=True)
@@ -252,11 +244,12 @@ class AdversarialStage:
         """The batch of half a step; the two halves never share one."""
         config, device = self.config, self.generator.device
         seed = key(config.run.seed, f"apt/{half}", step, micro)
-        real, degraded, captions = draw_pairs(self.latents, config, half, step, micro)
+        pairs = draw_pairs(self.latents, config, half, step, micro)
+        real, captions = pairs.hq, pairs.texts if config.text.mode == "caption" else None
         u = torch.rand(len(real), generator=torch_rng(seed, "t_D"))
         return Sample(
             real=real.to(device),
-            condition=noised_condition(degraded, seed, step, config.condition_noise).to(device),
+            condition=noised_condition(pairs.lq, seed, step, config.condition_noise).to(device),
             noise=gaussian(real, seed, "noise").to(device),
             u=shift(u, config.disc.t_shift[real.shape[2] > 1]).to(device),
             texts=self.texts.choose(step, micro, len(real), captions),

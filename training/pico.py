@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seedvr2_core.diffusion.conditioning import frame_noise
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.models.windows import WindowConfig
+from seedvr2_core.video.geometry import Grid
 
 from .apt import AdversarialStage, LossConfig, Phase, PostTraining
 from .config import OptimConfig, RunConfig
@@ -33,6 +34,7 @@ from .previews import Preview
 from .procedural import still
 from .randomness import rng, torch_rng
 from .restorer import Restorer
+from .shards import HELD_OUT, LatentBatch
 
 # With the transformer's own 2 x 2 patches, 4 x 4 pixels a token: 48 numbers, which a width of 112 can carry.
 UNSHUFFLE = 2
@@ -136,15 +138,20 @@ class PicoLatents:
             save_file(frames, partial)
             partial.replace(file)
         frames = load_file(file)
-        self.seed, self.scale = seed, 1.0
-        self.kinds = [{"hq": to_latent(frames["train"]), "lq": to_latent(degrade(frames["train"], seed=0))}]
+        self.seed = seed
+        self.hq, self.lq = to_latent(frames["train"]), to_latent(degrade(frames["train"], seed=0))
+        self.shapes = [Grid(*self.hq.shape[2:])]
         self.exam = Exam(frames["exam"], degrade(frames["exam"], seed=1))
 
     def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
         """Clean and degraded latents b 12 1 h w of one micro-batch."""
-        (pairs,) = self.kinds
-        index = torch.from_numpy(rng(self.seed, "order", step, micro).integers(0, len(pairs["hq"]), size))
-        return pairs["hq"][index], pairs["lq"][index]
+        index = rng(self.seed, "order", step, micro).integers(0, len(self.hq), size)
+        return self.hq[index], self.lq[index]
+
+    def of_shape(self, number: int, size: int, purpose: str, step: int, micro: int = 0) -> LatentBatch:
+        """See `shards.Latents.of_shape`; there is one shape."""
+        index = rng(self.seed, f"{purpose}/order", step, micro).integers(HELD_OUT, len(self.hq), size)
+        return LatentBatch(self.hq[index], self.lq[index], [None] * size, index, self.shapes[number])
 
 
 def mean_marks(marks: Mapping[str, list[float]]) -> dict[str, float]:

@@ -335,10 +335,12 @@ class Latents:
         kinds = np.asarray(self.store.kind_of)
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
         self._plan: tuple[tuple, BatchPlan] | None = None
-        # Every kind and shape apart, {"hq": n c t h w, "lq": the same}, not scaled, read when indexed by samples; of
-        # shards also "txt", n texts. Held-out samples are among the first HELD_OUT of each; where there are no others,
-        # the shape is left out.
-        self.kinds = self.store.by_shape()
+        shapes = np.asarray(self.store.bucket_of)
+        apart = [kind[shapes[kind] == shape] for kind in self._kinds for shape in np.unique(shapes[kind])]
+        # Samples of one kind and shape, without the first, among which are the held-out ones.
+        self._groups = [group[HELD_OUT:] for group in apart if len(group) > HELD_OUT]
+        # Latent sizes of the groups that `of_shape` draws from.
+        self.shapes = [self.store.buckets[shapes[group[0]]] for group in self._groups]
 
     def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
         """Clean and degraded latents b c t h w of one micro-batch, of one shape."""
@@ -358,6 +360,12 @@ class Latents:
             same = ids[shapes[ids] == shapes[chosen[0]]]
             chosen = same[draw.integers(0, len(same), size)]
         return self._gather(chosen, step, micro * size)
+
+    def of_shape(self, number: int, size: int, purpose: str, step: int, micro: int = 0) -> LatentBatch:
+        """Random samples of the group with this number in `shapes`, with replacement; every purpose draws others."""
+        group = self._groups[number]
+        drawn = rng(self.seed, f"{purpose}/order", step, micro).integers(len(group), size=size)
+        return self._gather(group[drawn], step, micro * size)
 
     def planned(
         self,
@@ -436,44 +444,6 @@ class _Shards:
         self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
         self.unreadable = reader.unreadable
 
-    def by_shape(self) -> list[dict[str, Column | TextColumn]]:
-        kind_of = np.asarray(self.kind_of)
-        groups = []
-        for kind in np.unique(kind_of):
-            for bucket in np.unique(self.bucket_of[kind_of == kind]):
-                ids = np.flatnonzero((kind_of == kind) & (self.bucket_of == bucket))
-                if len(ids) > HELD_OUT:
-                    columns = (Column(self.read, ids, self.buckets[bucket], place) for place in (0, 1))
-                    groups.append(dict(zip(("hq", "lq"), columns, strict=True)) | {"txt": TextColumn(self.read, ids)})
-        return groups
-
-
-class Column:
-    """Latents of samples of one shape, like a tensor n c t h w that is read where it is indexed; of degraded latents,
-    the first variant."""
-
-    def __init__(self, read: Callable[[int, int], tuple], ids: np.ndarray, bucket: Grid, place: int):
-        self.read, self.ids, self.place = read, ids, place
-        channels = read(int(ids[0]), 0)[place].shape[0]
-        self.shape = torch.Size((len(ids), channels, *bucket))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: Tensor | slice) -> Tensor:
-        chosen = self.ids[index.numpy() if isinstance(index, Tensor) else index]
-        return torch.stack([self.read(int(number), 0)[self.place].float() for number in chosen])
-
-
-class TextColumn:
-    """The texts l c of the same samples, None where there is none."""
-
-    def __init__(self, read: Callable[[int, int], tuple], ids: np.ndarray):
-        self.read, self.ids = read, ids
-
-    def __getitem__(self, index: Tensor) -> list[Tensor | None]:
-        return [self.read(int(number), 0)[2] for number in self.ids[index.numpy()]]
-
 
 class _PlainFiles:
     """All pairs in memory, from plain files."""
@@ -488,9 +458,6 @@ class _PlainFiles:
         self.bucket_of = of_kind[self.kind_of]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.scale = 1 / torch.cat([kind["hq"].flatten() for kind in self.kinds]).std().item()
-
-    def by_shape(self) -> list[dict[str, Tensor]]:
-        return self.kinds
 
     def read(self, number: int, variant: int = 0) -> tuple[Tensor, Tensor, None, int]:
         kind = self.kinds[self.kind_of[number]]

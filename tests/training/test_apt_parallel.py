@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from seedvr2_core.video.geometry import Grid
 from tests.training.toys import in_processes
 from training.apt import AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining
 from training.config import OptimConfig, ParallelConfig, RunConfig
 from training.parallel import Processes, connect, set_last_micro
 from training.pretrain import NANO_DIT
-from training.randomness import torch_rng
+from training.randomness import rng, torch_rng
 from training.restorer import Restorer
-from training.shards import HELD_OUT
+from training.shards import LatentBatch
 
 # An odd number of tokens, so that two processes hold unequal parts.
-LATENT = (1, 6, 6)
+LATENT = Grid(1, 6, 6)
 MODEL = replace(NANO_DIT, dim=32, depth=3, heads=2, head_dim=16, text_dim=24, separate_layers=1, mlp_hidden=48)
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-3)
 
@@ -28,8 +29,13 @@ class Noise:
     """Latents of noise and of noisier noise."""
 
     def __init__(self):
-        real = torch.randn(HELD_OUT + 40, 16, *LATENT, generator=torch_rng(0, "noise"))
-        self.seed, self.scale, self.kinds = 0, 1.0, [{"hq": real, "lq": real + 0.5 * real.flip(0)}]
+        self.seed, self.shapes = 0, [LATENT]
+        self.real = torch.randn(40, 16, *LATENT, generator=torch_rng(0, "noise"))
+
+    def of_shape(self, number, size, purpose, step, micro):
+        index = rng(0, purpose, step, micro).integers(40, size=size)
+        lq = self.real + 0.5 * self.real.flip(0)
+        return LatentBatch(self.real[index], lq[index], [None] * size, index, LATENT)
 
 
 def make(backward: str, folder: Path) -> AdversarialStage:

@@ -48,7 +48,7 @@ def test_a_window_covers_a_whole_picture(latents):
 
 def test_pictures_are_drawn_once_and_are_the_same_for_every_seed(latents, tmp_path):
     again = PicoLatents(tmp_path, seed=5, pictures=3, held_out=1)
-    assert torch.equal(again.kinds[0]["lq"], latents.kinds[0]["lq"])
+    assert torch.equal(again.lq, latents.lq)
     assert torch.equal(again.exam.given, latents.exam.given)
     assert not torch.equal(again.batch(0, 8)[0], latents.batch(0, 8)[0])
 

@@ -109,15 +109,17 @@ def test_shards_and_plain_files_make_the_same_batches(tmp_path):
     for step in range(3):
         for a, b in zip(ours.batch(step, 4), theirs.batch(step, 4), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    index = torch.tensor([20, 17])
-    assert ours.kinds[0]["hq"].shape == theirs.kinds[0]["hq"].shape
-    assert torch.equal(ours.kinds[0]["lq"][index], theirs.kinds[0]["lq"][index])
+        a, b = (latents.of_shape(0, 4, "apt/d", step) for latents in (ours, theirs))
+        assert a.bucket == b.bucket and (a.ids == b.ids).all()
+        torch.testing.assert_close(a.lq, b.lq, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_samples_are_in_no_batch(latents):
     kept = {round(z.sum().item(), 3) for hq, _ in latents.held_out() for z in hq}
     drawn = {round(z.sum().item(), 3) for step in range(30) for z in latents.batch(step, 4)[0]}
     planned = {round(z.sum().item(), 3) for step in range(20) for z in latents.planned(step, 200, tail="keep").hq}
+    shapes = range(len(latents.shapes))
+    drawn |= {round(z.sum().item(), 3) for number in shapes for z in latents.of_shape(number, 200, "apt/g", 0).hq}
     assert len(kept) == 2 * HELD_OUT
     assert len(planned) == 80 - 2 * HELD_OUT
     assert not kept & (drawn | planned)
