@@ -78,7 +78,10 @@ class FastOptions:
     # Positions of a frame that one convolution takes at once, in bands of whole rows; None: all. Bands bound what a
     # convolution needs besides its input and output, and change nothing else: norms and attention see whole frames.
     band: int | None = None
-    # Called after every step; see `FastVAE.watched`.
+    # Multiplications that one convolution takes at once, about, in such bands as well: whoever watches is soon asked
+    # again. None: all, for devices that compute while others go on.
+    turn: int | None = None
+    # Called after every step and every band; see `FastVAE.watched`.
     on_step: Callable[[], None] | None = None
     # Where this process has only some rows of every frame: how it meets the others.
     split: RowSplit | None = None
@@ -118,7 +121,7 @@ class FastVAE:
 
     @contextmanager
     def watched(self, on_step: Callable[[], None]) -> Iterator[None]:
-        """Meanwhile call this after every step of a slice; it may raise to cancel."""
+        """Meanwhile call this after every step and every band; it may raise to cancel."""
         self.options.on_step = on_step
         try:
             yield
@@ -245,24 +248,38 @@ class NormSilu:
 
 
 def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Tensor:
-    """Group norm of a large frame, 1 c H W, with statistics that stay true.
-
-    In channels-last memory on a CPU, torch adds up all values of a group one after the other, in fp32. At half a
-    million values the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows,
-    whose means and variances are put together in fp64.
+    """Group norm of a large frame, 1 c H W, in channels-last memory, with statistics that stay true.
 
     Args:
         band: positions looked at in one call, which takes as much memory again; None: all.
     """
     frame = channels_last(frame)
+    # Weights in fp32 keep the statistics in fp32.
+    ones = frame.new_ones(frame.shape[1], dtype=torch.float32)
+    if norm.weight.device.type == "cpu":
+        center, spread = group_moments(frame, norm, ones, band)
+    else:
+        moments = torch.batch_norm_update_stats(frame, torch.zeros_like(ones), ones, 0.0)
+        mean, variance = (moment.unflatten(0, (norm.num_groups, -1)) for moment in moments)
+        center = mean.mean(1)
+        spread = (variance + (mean - center[:, None]).square()).mean(1)
+    of_channel = (x.float().repeat_interleave(frame.shape[1] // norm.num_groups) for x in (center, spread))
+    return F.batch_norm(frame, *of_channel, norm.weight.float(), norm.bias.float(), eps=norm.eps)
+
+
+def group_moments(frame: Tensor, norm: nn.GroupNorm, ones: Tensor, band: int | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every group of channels of a frame 1 c H W, on a CPU.
+
+    In channels-last memory, torch adds up all values of a group one after the other, in fp32. At half a million values
+    the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows, whose moments are
+    put together in fp64.
+    """
     _, c, h, w = frame.shape
     height = max(1, SUMMED // w)
     whole = h // height * height
     rows = h if band is None else max(height, band // w // height * height)
     pieces = [(start, min(start + rows, whole), height) for start in range(0, whole, rows)]
     pieces += [(whole, h, h - whole)] if whole < h else []
-    # Weights in fp32 keep the statistics in fp32.
-    ones = frame.new_ones(c, dtype=torch.float32)
     means, variances, counts = [], [], []
     for start, stop, size in pieces:
         strips = rearrange(frame[0, :, start:stop], "c (n h) w -> n c h w", h=size)
@@ -274,9 +291,7 @@ def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Te
         counts += [size / h] * len(strips)
     mean, variance, share = torch.cat(means), torch.cat(variances), means[0].new_tensor(counts)[:, None]
     center = (mean * share).sum(0)
-    spread = ((variance + (mean - center).square()) * share).sum(0)
-    of_channel = (x.float().repeat_interleave(c // norm.num_groups) for x in (center, spread))
-    return F.batch_norm(frame, *of_channel, norm.weight.float(), norm.bias.float(), eps=norm.eps)
+    return center, ((variance + (mean - center).square()) * share).sum(0)
 
 
 def split_norm(frame: Tensor, norm: nn.GroupNorm, split: RowSplit) -> Tensor:
@@ -356,7 +371,7 @@ class TemporalConv:
     """A causal convolution with 3 taps in time and stride 1. Its state are the two frames before."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: FastOptions):
-        self.taps: ThreeTaps = BandedTaps(three_taps(weight, bias, options), weight.shape[-1], options)
+        self.taps: ThreeTaps = BandedTaps(three_taps(weight, bias, options), weight, options)
         self.split = options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
@@ -399,9 +414,9 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
 class BandedTaps:
     """Bands of rows, one after the other. Exact: a band gets the neighbours' rows that its kernel reaches."""
 
-    def __init__(self, taps: ThreeTaps | StackedTaps, kernel: int, options: FastOptions):
-        """`kernel` is the kernel's height, 2 or 3."""
-        self.taps, self.kernel, self.options = taps, kernel, options
+    def __init__(self, taps: ThreeTaps | StackedTaps, weight: Tensor, options: FastOptions):
+        """The weight c_out c ... k k has a kernel 2 or 3 rows high."""
+        self.taps, self.kernel, self.products, self.options = taps, weight.shape[-1], weight.numel(), options
 
     def still(self, frame: Tensor) -> Tensor:
         return self.in_bands(lambda frames: [self.taps.still(*frames)], [frame])[0]
@@ -411,8 +426,9 @@ class BandedTaps:
 
     def in_bands(self, compute: Callable[[Frames], Frames], frames: Frames) -> Frames:
         height, width = frames[0].shape[-2:]
-        band = self.options.band
-        rows = height if band is None else max(1, band // width)
+        band, turn = self.options.band, self.options.turn
+        limits = [size for size in (band, turn and turn // self.products) if size is not None]
+        rows = max(1, min(limits, default=height * width) // width)
         if rows >= height:
             return compute([frame[...] for frame in frames])
         # A kernel of 2 rows has one result more: before the first row, between rows, behind the last.
@@ -428,6 +444,7 @@ class BandedTaps:
                     out.append(band.new_empty(b, results, w, c).permute(0, 3, 1, 2))
                 # At the edge of a band the padding took the place of rows that exist.
                 out[index][..., start:stop, :] = band[..., start - first : stop - first, :]
+            self.options.step()
         return out
 
 
@@ -598,8 +615,7 @@ class CoarseUp:
 
     def __init__(self, sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]):
         weight, bias, self.phases = merge(sampler, options, taps)
-        self.taps: Taps = StackedTaps(weight, bias)
-        self.taps = BandedTaps(self.taps, weight.shape[-1], options)
+        self.taps: Taps = BandedTaps(StackedTaps(weight, bias), weight, options)
         self.split = options.split
 
     def __call__(self, coarse: Frames) -> Frames:

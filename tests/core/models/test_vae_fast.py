@@ -15,6 +15,7 @@ OPTIONS = [
     *(FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)),
     *(FastOptions(band=band, winograd_from=winograd) for band in (1, 40, 130) for winograd in (None, 16)),
     *(FastOptions(band=band, winograd_from=8, winograd_rows_from=16) for band in (None, 40)),
+    *(FastOptions(turn=turn, winograd_from=16, winograd_rows_from=16) for turn in (1, 60_000)),
 ]
 SHARING = pytest.mark.parametrize(
     "options",
@@ -60,6 +61,18 @@ def test_clips_come_out_as_from_the_plain_one(vae, options, frames):
     close(fast.encode(x), moments)
     latent = posterior(moments)[0]
     close(fast.decode(latent), vae.decode(latent, slice_latents=None))
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_whoever_watches_is_asked_the_more_often_the_shorter_a_turn(vae, way):
+    x = clip(1, 48, 32) if way == "encode" else torch.randn(1, 16, 1, 6, 4, dtype=torch.float64)
+    asked = []
+    for turn in (None, 1 << 20, 1 << 17):
+        fast, seen = FastVAE(vae, FastOptions(turn=turn)), []
+        with fast.watched(lambda seen=seen: seen.append(1)):
+            getattr(fast, way)(x)
+        asked.append(len(seen))
+    assert asked[0] < asked[1] < asked[2]
 
 
 @EXACT
