@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -37,11 +37,12 @@ BLOCKS_AND_BANDS = ((2, 1), (1, 1), (1, 3), (1, 8))
 VALUES = 3 * LATENT_FRAMES
 # Bytes by pixel while frames are resized and brought to -1..1: as they come out of each step, and padded.
 PREPARED = 3 * 4 * VALUES
-# Bytes by pixel while the colours of finished frames are transferred: source, result and what it is made of; and what
-# the most demanding method takes inside, for a frame at a time.
-FINISHED = 3 * 4 * VALUES + 160
-# Bytes of each of these values that wait while the next latent is decoded: with the transfer's result, as handed out.
-HANDED_OUT = 2 * 4
+# Bytes by pixel of a frame that is finished: its source, its result and what is handed out, in fp32; and what the most
+# demanding colour transfer takes inside, measured.
+FINISHED = 3 * 3 * 4
+TRANSFERRED = 70
+# Latents at the beginning of a clip that take less to decode than those that follow.
+LIGHT = 2
 # Copies of a chunk's latents, in fp32: the conditions, what the transformer made of them, and one to blend with.
 LATENT_COPIES = 3
 # Latents' worth of frames that have been read and are on their way in or out, besides those of a chunk.
@@ -149,20 +150,15 @@ def amount(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{max(1, round(size / 2**20))} MiB"
 
 
-class _Stages(NamedTuple):
-    encode: int
-    restore: int
-    decode: int
-
-
 class Planner:
     """Tries the ways to compute one clip, each once."""
 
     def __init__(self, work: Work):
         self.work = work
         self.weights = weights_of(work)
-        self.autoencoder = cache(partial(try_autoencoder, work))
-        self.restore = cache(partial(try_restore, work))
+        self.portions = _portions(work)
+        self.half = cache(partial(try_autoencoder, work))
+        self.dit = cache(partial(try_restore, work))
 
     def fit(self, budget: int) -> MemoryPlan:
         """See `make_plan`."""
@@ -182,59 +178,90 @@ class Planner:
     def search(self, budget: int, lengths: Sequence[int]) -> MemoryPlan:
         """The fastest plan that fits, with a pass of one of these lengths, in latents; or else the smallest."""
         # What is chosen last is the smallest; every placement takes less than the one before.
-        for state in ("device", "host"):
-            most = len(self.weights.blocks) if self.weights.streamable else 0
-            if state == "host" and not (self.work.device == "cuda" and isinstance(self.work.vae, FastVAE)):
-                # Device and host are one memory.
-                break
-            for streamed in range(most + 1):
+        *larger, smallest = self.placements()
+        fastest = self.portions[0]
+        for state, streamed in larger:
+            # Trials of what cannot fit would take most of the time: states alone may be too much.
+            states = self.before(max(lengths), fastest, state) + self.half("decode", fastest, state).kept
+            if self.weights.on_device(streamed) + states <= USABLE * budget:
                 plan = self.plan(budget, state, streamed, lengths)
                 if plan.peak <= USABLE * budget:
                     return plan
-        return plan
+        return self.plan(budget, *smallest, lengths)
+
+    def placements(self) -> list[tuple[Placement, int]]:
+        """Where states may wait, and how many blocks may be streamed, from the fastest to the smallest."""
+        most = len(self.weights.blocks) if self.weights.streamable else 0
+        # Elsewhere device and host are one memory.
+        apart = self.work.device == "cuda" and isinstance(self.work.vae, FastVAE)
+        states: tuple[Placement, ...] = ("device", "host") if apart else ("device",)
+        return [(state, streamed) for state in states for streamed in range(most + 1)]
 
     def plan(self, budget: int, state: Placement, streamed: int, lengths: Sequence[int]) -> MemoryPlan:
         """The fastest plan with this placement that fits, or the smallest."""
         weights = self.weights.on_device(streamed)
         room = USABLE * budget - weights
-        passes, portions = list(_passes(self.work, lengths)), _portions(self.work)
+        fastest, passes = self.portions[0], list(_passes(self.work, lengths))
         # The fastest autoencoder tells what states take; no other takes more.
-        chunk, rows = _first(passes, lambda choice: self.stages(*choice, portions[0], state).restore <= room)
-
-        def fits(choice: Portions) -> bool:
-            encode, _, decode = self.stages(chunk, rows, choice, state)
-            return max(encode, decode) <= room
-
-        chosen = _first(portions, fits)
+        chunk, rows = _first(passes, lambda choice: self.restore(*choice, fastest, state) <= room)
+        # Decoding takes most: where it does not fit, encoding need not be tried.
+        portions = _first(
+            self.portions,
+            lambda choice: self.decode(chunk, choice, state) <= room and self.encode(chunk, choice, state) <= room,
+        )
         return MemoryPlan(
             planner=self,
             budget=budget,
             chunk=chunk,
             rows=rows,
-            portions=chosen,
+            portions=portions,
             state=state,
             streamed=streamed,
             weights=weights,
-            **self.stages(chunk, rows, chosen, state)._asdict(),
+            encode=self.encode(chunk, portions, state),
+            restore=self.restore(chunk, rows, portions, state),
+            decode=self.decode(chunk, portions, state),
         )
 
-    def stages(self, chunk: int, rows: int | None, portions: Portions, state: Placement) -> _Stages:
-        """The peak of every stage, with all that waits for others, without weights."""
-        work = self.work
-        pixels, alone = work.pixels, work.latents == 1
-        # Of a lone picture there is a quarter of a latent's frames, and nothing before or after it.
-        share = 1 / LATENT_FRAMES if alone else 1
-        encode, decode = self.autoencoder(portions, state)
-        handed_out = 0 if alone else pixels * VALUES * (work.dtype.itemsize + HANDED_OUT)
-        prepared, finished = share * PREPARED * pixels, share * FINISHED * pixels
-        # All of a clip that is one pass is encoded before anything is decoded. Otherwise stages wait for each other.
-        before, after = (0, 0) if work.latents <= chunk else (encode.kept, decode.kept + handed_out)
+    # The peak of every stage, with all that waits for others, without weights.
+
+    def encode(self, chunk: int, portions: Portions, state: Placement) -> int:
+        peak, kept = self.half("encode", portions, state)
+        waiting = self.waiting(chunk) + self.after(chunk, portions, state)
+        return int(waiting + max(peak, kept + self.share * PREPARED * self.work.pixels))
+
+    def restore(self, chunk: int, rows: int | None, portions: Portions, state: Placement) -> int:
+        waiting = self.waiting(chunk) + self.before(chunk, portions, state) + self.after(chunk, portions, state)
+        return waiting + self.dit(chunk, rows)
+
+    def decode(self, chunk: int, portions: Portions, state: Placement) -> int:
+        peak, kept = self.half("decode", portions, state)
         waiting = self.waiting(chunk)
-        return _Stages(
-            encode=int(waiting + after + max(encode.peak, encode.kept + prepared)),
-            restore=int(waiting + before + after + self.restore(chunk, rows)),
-            decode=int(waiting + before + max(handed_out + decode.peak, decode.kept + finished)),
-        )
+        # The encoder has ended before the last pass; of a short clip nothing heavy is decoded until then.
+        if self.work.latents - chunk > LIGHT:
+            waiting += self.before(chunk, portions, state)
+        decoded = self.share * VALUES * self.work.dtype.itemsize
+        finishing = kept + (decoded + FINISHED + TRANSFERRED) * self.work.pixels
+        return int(waiting + max(self.handed_out + peak, finishing))
+
+    # All of a clip that is one pass is encoded before anything is decoded. Otherwise stages wait for each other.
+
+    def before(self, chunk: int, portions: Portions, state: Placement) -> int:
+        return 0 if self.work.latents <= chunk else self.half("encode", portions, state).kept
+
+    def after(self, chunk: int, portions: Portions, state: Placement) -> int:
+        return 0 if self.work.latents <= chunk else self.half("decode", portions, state).kept + self.handed_out
+
+    @property
+    def share(self) -> float:
+        """Of a latent's frames: a lone picture is a quarter of them, and nothing comes before or after it."""
+        return 1 / LATENT_FRAMES if self.work.latents == 1 else 1
+
+    @property
+    def handed_out(self) -> int:
+        """Bytes of the frames of a latent, and of the last one finished, that wait while the next latent is decoded."""
+        each = VALUES * self.work.dtype.itemsize + FINISHED
+        return 0 if self.work.latents == 1 else self.work.pixels * each
 
     def waiting(self, chunk: int) -> int:
         """Latents and frames that wait for other stages, or in case that memory runs out; and what libraries keep."""

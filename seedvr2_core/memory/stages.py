@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..models.vae_fast import FastVAE
 from ..video.geometry import LATENT_FRAMES, PATCH, Grid, latent_grid, padded_length, padded_size
 from .streaming import PLACES, DeviceState, HostState, Placement, PretendFerry, streamed_indices
 from .trial import META, Footprint, footprint
+
+# Of the autoencoder.
+Half = Literal["encode", "decode"]
 
 # In the third slice the state that comes in is as large as the one that goes out; from then on nothing changes.
 SLICES = 3
@@ -68,41 +71,34 @@ class Portions(NamedTuple):
     band: int | None
 
 
-class Autoencoder(NamedTuple):
-    """What the stages of an autoencoder take; they keep their causal states."""
-
-    encode: Footprint
-    decode: Footprint
-
-
-def try_autoencoder(work: Work, portions: Portions, state: Placement) -> Autoencoder:
-    """Encode and decode as the pipeline does: a latent at a time, in the first slice the lone first frame as well."""
+def try_autoencoder(work: Work, half: Half, portions: Portions, state: Placement) -> Footprint:
+    """Encode or decode as the pipeline does: a latent at a time, of a clip in the first slice the lone first frame as
+    well. What is kept is the causal state."""
     vae = work.vae
     if vae is None:
-        return Autoencoder(Footprint(0, 0), Footprint(0, 0))
+        return Footprint(0, 0)
     if isinstance(vae, FastVAE):
         vae.take(*portions)
     slices = int(min(work.latents, SLICES))
     # Of a longer clip the first slice is none of the largest.
     lengths = [1 + LATENT_FRAMES] if slices == 2 else [1, *[LATENT_FRAMES] * (slices - 1)]
-    latents: list[Sequence[int]] = []
 
     def encode() -> CausalState:
         begun = _begun(state)
         for length in lengths:
             clip = torch.empty(1, 3, length, *work.size, dtype=vae.dtype, device=META)
             moments, begun = vae.encode_slice(clip, begun, last=work.latents == 1)
-            latents.append(posterior(moments)[0][:, :, :1].shape)
+            posterior(moments)
         return begun
 
     def decode() -> CausalState:
-        begun = _begun(state)
+        begun, shape = _begun(state), (1, vae.config.latent_channels, *latent_grid(1, *work.size))
         for _ in range(slices):
-            latent = torch.empty(latents[0], dtype=vae.dtype, device=META)
+            latent = torch.empty(shape, dtype=vae.dtype, device=META)
             _, begun = vae.decode_slice(latent, begun, last=work.latents == 1)
         return begun
 
-    return Autoencoder(footprint(encode, work.device), footprint(decode, work.device))
+    return footprint(encode if half == "encode" else decode, work.device)
 
 
 def _begun(placement: Placement) -> CausalState:

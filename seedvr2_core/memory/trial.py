@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,14 @@ aten = torch.ops.aten
 META = torch.device("meta")
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
-# A product with a packed weight, and the factor that it is multiplied with.
-PACKED_PRODUCT_AND_FACTOR = "mkldnn::_linear_pointwise.binary"
+# What operations make that torch cannot try; and attention, which it would try step by step.
+RESULTS = {
+    "mkldnn::_linear_pointwise.binary": lambda x, factor, *_: torch.empty_like(factor),
+    "aten::batch_norm_update_stats": lambda x, mean, variance, _: (torch.empty_like(mean), torch.empty_like(variance)),
+    "aten::scaled_dot_product_attention": lambda q, k, v, *_: q.new_empty(*q.shape[:-1], v.shape[-1]),
+}
+# Operations remembered, each for the kinds of tensors that it took. A plan meets a few hundred.
+REMEMBERED = 1 << 13
 # On a CPU torch leaves 3-D convolutions in fp32 to oneDNN only above this product of the first four sizes of the input.
 SMALL_CONVOLUTION = 20480
 
@@ -63,7 +70,6 @@ class Ledger(TorchDispatchMode):
         self.device = device
         self.alive = self.peak = 0
         self._known: dict[int, weakref.ref] = {}  # storages that are alive, those from before included
-        self._learnt: dict[Any, list[_Kind]] = {}  # by operation and what it takes
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # tensors from before, and themselves without contents
 
     def __torch_dispatch__(
@@ -73,39 +79,18 @@ class Ledger(TorchDispatchMode):
         kwargs = {name: self._emptied(value) for name, value in kwargs.items()} if kwargs else {}
         if kwargs.get("device") is not None:
             kwargs["device"] = META
-        result = self._result(operation, args, kwargs)
+        result = _result(operation, args, kwargs)
         for tensor in _tensors(result):
-            self._note(tensor, tensor.untyped_storage().nbytes())
+            self._note(tensor, True)
         if self.device == "cpu" and operation in CONVOLUTIONS:
             self.peak = max(self.peak, self.alive + _inside_convolution(result, *args[:2]))
-        return result
-
-    def _result(self, operation: Callable[..., Any], args: Sequence, kwargs: Mapping) -> object:
-        """What comes of an operation; its shape is worked out once, which takes torch longest."""
-        if operation.name() == PACKED_PRODUCT_AND_FACTOR:
-            return torch.empty_like(args[1])
-        if any(argument.alias_info is not None for argument in operation._schema.arguments):
-            # In place, or a view, and then quick.
-            in_place = operation._schema.name.endswith("_") and isinstance(args[0], Tensor)
-            return args[0] if in_place else operation(*args, **kwargs)
-        key = operation, _described(args), _described([*kwargs.items()])
-        if known := self._learnt.get(key):
-            made = [torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=META) for kind in known]
-            return made[0] if len(made) == 1 else tuple(made)
-        result = operation(*args, **kwargs)
-        if operation in CONVOLUTIONS and not all(tensor.is_contiguous() for tensor in args[:2]):
-            # Channels last goes in, comes out, and is lost on the meta device.
-            result = torch.empty_like(result.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
-        made = result if isinstance(result, tuple) else (result,)
-        if all(isinstance(part, Tensor) and part.untyped_storage()._cdata not in self._known for part in made):
-            self._learnt[key] = [_described(part) for part in made]
         return result
 
     def _emptied(self, value: object) -> object:
         """The value, with meta tensors in place of others. Results may be views of them, so they become known."""
         if isinstance(value, Tensor):
             tensor = value if value.is_meta else self._twin(value)
-            self._note(tensor, 0)
+            self._note(tensor, False)
             return tensor
         return [self._emptied(part) for part in value] if isinstance(value, (tuple, list)) else value
 
@@ -125,10 +110,11 @@ class Ledger(TorchDispatchMode):
         self._twins.clear()
         self._known.clear()
 
-    def _note(self, tensor: Tensor, size: int) -> None:
+    def _note(self, tensor: Tensor, counts: bool) -> None:
         storage = tensor.untyped_storage()
         if (identity := storage._cdata) in self._known:
             return
+        size = storage.nbytes() if counts else 0
         self.alive += size
         self.peak = max(self.peak, self.alive)
 
@@ -138,6 +124,48 @@ class Ledger(TorchDispatchMode):
 
         # Torch keeps a storage's Python object for as long as the storage.
         self._known[identity] = weakref.ref(storage, forget)
+
+
+def _result(operation: Callable[..., Any], args: Sequence, kwargs: Mapping) -> object:
+    """What comes of an operation on tensors without contents."""
+    effect = _effect(operation)
+    if effect == "writes":
+        return args[0]
+    if effect == "fills":
+        return kwargs["out"]
+    known = None
+    if effect == "makes":
+        known = _made(operation, _described(args), _described([*kwargs.items()]))
+    if known is None:
+        return operation(*args, **kwargs)
+    made = [torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=META) for kind in known]
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+@lru_cache(REMEMBERED)
+def _effect(operation: Callable[..., Any]) -> Literal["makes", "writes", "fills", "may view"]:
+    """Whether an operation makes tensors, writes to its first one, to `out`, or may give a view of what it takes."""
+    shared = [argument for argument in operation._schema.arguments if argument.alias_info is not None]
+    if not shared:
+        return "makes"
+    if operation._schema.name.endswith("_") and isinstance(operation._schema.arguments[0].type, torch.TensorType):
+        return "writes"
+    return "fills" if [argument.name for argument in shared if argument.is_out] == ["out"] else "may view"
+
+
+@lru_cache(REMEMBERED)
+def _made(operation: Callable[..., Any], args: _Parts, kwargs: _Parts) -> tuple[_Kind, ...] | None:
+    """Kinds of what an operation makes, worked out once, which takes torch longest; None if it gives anything else."""
+    args, kwargs = _made_up(args), dict(_made_up(kwargs))
+    result = RESULTS.get(operation.name(), operation)(*args, **kwargs)
+    if operation in CONVOLUTIONS and not all(tensor.is_contiguous() for tensor in args[:2]):
+        # Channels last goes in, comes out, and is lost on the meta device.
+        result = torch.empty_like(result.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    made = result if isinstance(result, tuple) else (result,)
+    taken = {tensor.untyped_storage()._cdata for tensor in _tensors([args, list(kwargs.values())])}
+    if all(isinstance(part, Tensor) and part.untyped_storage()._cdata not in taken for part in made):
+        return _described(made)
+    return None
 
 
 def _tensors(values: object) -> Iterator[Tensor]:
@@ -157,13 +185,25 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-def _described(value: object) -> object:
+class _Parts(tuple):
+    """A list or tuple, described."""
+
+
+def _described(value: object) -> Any:
     """A value that can be compared, with kinds in place of tensors."""
     if isinstance(value, Tensor):
         return _Kind(value.shape, value.stride(), value.dtype)
     if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
+        return _Parts([_described(part) for part in value])
+    # 1, 1.0 and True are not the same.
     return type(value), value
+
+
+def _made_up(described: Any) -> Any:
+    """A value like the one that was described."""
+    if isinstance(described, _Kind):
+        return torch.empty_strided(described.shape, described.strides, dtype=described.dtype, device=META)
+    return [_made_up(part) for part in described] if isinstance(described, _Parts) else described[1]
 
 
 def _inside_convolution(out: Tensor, x: Tensor, weight: Tensor) -> int:

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from seedvr2_core.checkpoints import Prompts
 from seedvr2_core.memory.plan import BY_THREAD
-from seedvr2_core.memory.stages import Portions, Work, try_autoencoder
+from seedvr2_core.memory.stages import Half, Portions, Work, try_autoencoder
 from seedvr2_core.memory.streaming import DeviceState
 from seedvr2_core.models.dit import SEEDVR2_3B, DiT, DiTConfig
 from seedvr2_core.models.linear import pack
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE
-from seedvr2_core.models.vae_fast import FastOptions, FastVAE
-from seedvr2_core.pipeline import Models, Settings, _stream, plan_clip
+from seedvr2_core.models.vae_fast import FastVAE
+from seedvr2_core.pipeline import Models, Settings, _stream, fast_options, plan_clip
 from seedvr2_core.video.geometry import latent_grid
 from tests.bench.measure import RESULTS, Options, build, environment, random
 
@@ -71,9 +71,8 @@ QUICK_CLIPS = (Clip(1, 256, 256), Clip(5, 128, 192))
 
 
 def make_models(vae: VAEConfig, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> Models:
-    options = FastOptions() if device.type == "cpu" else FastOptions(winograd_from=None)
     return Models(
-        vae=FastVAE(build(lambda: VideoVAE(vae), dtype, device), options),
+        vae=FastVAE(build(lambda: VideoVAE(vae), dtype, device), fast_options(device)),
         dit=pack(build(lambda: DiT(dit), dtype, device)),
         prompts=Prompts(positive=random((58, dit.text_dim), torch.float32, device), negative=None),
         label="random",
@@ -104,7 +103,7 @@ def stream(frames: Tensor, models: Models, settings: Settings, size: tuple[int, 
     return _stream(frames, models, settings, size, len(frames), None, plan_clip(models, settings, size, len(frames)))
 
 
-def half(kind: str, clip: Clip, vae: VAEConfig = VAE, device: str = "cpu") -> tuple[int, int]:
+def half(kind: Half, clip: Clip, vae: VAEConfig = VAE, device: str = "cpu") -> tuple[int, int]:
     """The same of one half of the autoencoder alone."""
     settle()
     models = make_models(vae, replace(DIT, depth=1), getattr(torch, clip.dtype), torch.device(device))
@@ -129,7 +128,7 @@ def half(kind: str, clip: Clip, vae: VAEConfig = VAE, device: str = "cpu") -> tu
     with torch.inference_mode():
         net.take(1, None)
         call(32, 32, 3)
-        predicted = getattr(try_autoencoder(work, Portions(1, None), "device"), kind).peak
+        predicted = try_autoencoder(work, kind, Portions(1, None), "device").peak
         predicted += BY_THREAD * torch.get_num_threads() if device == "cpu" else 0
         return predicted, peak_of(lambda: call(*size, latents), device)
 
@@ -173,14 +172,14 @@ def by_pixel() -> list[dict]:
         vae = VideoVAE(SEEDVR2_VAE).bfloat16().requires_grad_(False)
         dit = DiT(replace(SEEDVR2_3B, depth=1)).bfloat16().requires_grad_(False)
     rows = []
-    net = FastVAE(vae, FastOptions(winograd_from=None))
+    net = FastVAE(vae, fast_options(torch.device("cuda")))
     for name, (height, width) in TRUE_SIZES.items():
         work = Work(vae=net, dit=dit, device="cuda", height=height, width=width, frames=None)
         for state in ("device", "host"):
             for block, bands in ((2, 1), (1, 1), (1, 8)):
                 band = None if bands == 1 else work.pixels // bands
-                tried = try_autoencoder(work, Portions(block, band), state)
-                for kind, footprint in tried._asdict().items():
+                for kind in GOALS:
+                    footprint = try_autoencoder(work, kind, Portions(block, band), state)
                     each = {key: round(value / work.pixels) for key, value in footprint._asdict().items()}
                     rows.append({"size": name, "kind": kind, "state": state, "block": block, "bands": bands, **each})
     return rows

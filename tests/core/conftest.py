@@ -86,7 +86,8 @@ def pointwise(runnable) -> Models:
 @pytest.fixture(scope="session")
 def transparent(runnable) -> Models:
     """Models that change nothing: what comes out is what went in, resized."""
-    return replace(runnable, dit=Pointwise(RUNNABLE_DIT).requires_grad_(False), vae=Lossless(RUNNABLE_VAE))
+    vae = Lossless(replace(RUNNABLE_VAE, latent_channels=3 * 4 * 8 * 8))
+    return replace(runnable, dit=Pointwise(RUNNABLE_DIT).requires_grad_(False), vae=vae)
 
 
 @pytest.fixture(scope="session")

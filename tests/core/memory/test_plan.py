@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,13 +13,25 @@ import torch
 from seedvr2_core.checkpoints import load_dit
 from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
 from seedvr2_core.errors import SettingError
-from seedvr2_core.memory.plan import GIB, USABLE, MemoryPlan, Planner, describe, make_plan, parse_bytes, step_down
-from seedvr2_core.memory.stages import Work, reach, weights_of
+from seedvr2_core.memory.plan import (
+    CHUNKS,
+    GIB,
+    USABLE,
+    MemoryPlan,
+    Planner,
+    _passes,
+    describe,
+    make_plan,
+    parse_bytes,
+    step_down,
+)
+from seedvr2_core.memory.stages import Work, reach, try_restore, weights_of
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
+from seedvr2_core.models.linear import FP8, Linear
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VideoVAE
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
 from seedvr2_core.pipeline import Settings, load_models, plan_clip
-from tests.bench.memory import Clip, apart, restoration
+from tests.bench.memory import DIT, VAE, Clip, apart, restoration
 from tests.core.conftest import RUNNABLE_VAE
 
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "4k": (2160, 3840)}
@@ -96,6 +109,51 @@ def test_a_plan_says_what_it_chose():
     line = describe(plan("3b", "720p", 8))
     assert "in host memory" in line and "of 32 blocks streamed" in line and "GiB of 8.0 GiB (weights" in line
     assert "\n" not in line
+
+
+def small(device: str, frames: int | None) -> Planner:
+    """Of models so small that every way can be tried."""
+    with torch.device("meta"):
+        dit, vae = DiT(DIT).bfloat16().requires_grad_(False), VideoVAE(VAE).bfloat16().requires_grad_(False)
+    fast = FastVAE(vae, FastOptions(winograd_from=None))
+    return Planner(Work(dit=dit, vae=fast, device=device, height=96, width=144, frames=frames))
+
+
+@pytest.mark.parametrize("frames", [1, 9, 40, None])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_first_of_all_ways_that_fits_is_found(device, frames):
+    planner = small(device, frames)
+    work, weights = planner.work, planner.weights
+    passes = list(_passes(work, CHUNKS))
+
+    def by_trying_all(room: float) -> tuple | None:
+        for state, streamed in planner.placements():
+            left = room - weights.on_device(streamed)
+            first = planner.portions[0]
+            fitting = [way for way in passes if planner.restore(*way, first, state) <= left]
+            chunk, rows = fitting[0] if fitting else passes[-1]
+            for portions in planner.portions:
+                stages = [
+                    planner.encode(chunk, portions, state),
+                    planner.restore(chunk, rows, portions, state),
+                    planner.decode(chunk, portions, state),
+                ]
+                if max(stages) <= left:
+                    return chunk, rows, portions, state, streamed
+        return None
+
+    def found(budget: int) -> tuple | None:
+        try:
+            plan = planner.fit(budget)
+        except SettingError:
+            return None
+        return plan.chunk, plan.rows, plan.portions, plan.state, plan.streamed
+
+    largest = planner.fit(1 << 40).peak
+    budgets = [int(largest * share) for share in (1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)]
+    ways = [found(budget) for budget in budgets]
+    assert ways == [by_trying_all(USABLE * budget) for budget in budgets]
+    assert len(set(ways)) > 1 and ways[-1] is None
 
 
 # --- stepping down ---------------------------------------------------------------------------------------------------
@@ -205,3 +263,34 @@ def test_all_weights_are_counted_those_that_are_packed_as_well():
     transformer = sum(p.numel() for p in load_dit(NANO_DIT).parameters()) * 2
     # The autoencoder's are merged and shared out, so there are more of them than in the file.
     assert transformer + 5_000_000 < sum(weights.blocks) + weights.others < transformer + 30_000_000
+
+
+@cache
+def published_in_fp8() -> DiT:
+    with torch.device("meta"):
+        dit = DiT(SEEDVR2_3B).bfloat16().requires_grad_(False)
+    for layer in dit.modules():
+        # `pack` would refuse: without contents a model is on no device that multiplies in fp8.
+        if isinstance(layer, Linear):
+            layer.pack(FP8)
+    return dit
+
+
+def test_a_plan_counts_fp8_weights_at_the_bytes_that_they_have():
+    plain, packed = work(), replace(work(), dit=published_in_fp8())
+    before, after = weights_of(plain), weights_of(packed)
+    layers = [layer for layer in packed.dit.modules() if isinstance(layer, Linear)]
+    # A byte a weight, and a scale in fp32 for every row; each lost one.
+    lost = sum(layer.out_features * (layer.in_features - 4) for layer in layers)
+    assert sum(before.blocks) - sum(after.blocks) == lost > 0.49 * sum(before.blocks)
+    assert before.others == after.others
+    # So a card that holds bf16 in parts only holds all of this.
+    assert not after.streamable and make_plan(packed, 12 * GIB).weights < make_plan(plain, 80 * GIB).weights
+
+
+def test_a_pass_in_fp8_unpacks_no_weight_on_a_gpu():
+    dit, _ = published("3b")
+    plain, packed = (replace(work(), vae=None, dit=dit) for dit in (dit, published_in_fp8()))
+    # Beside a product lie the rows of every token in fp8, and their scales.
+    rows = 7 * 45 * 80 * (SEEDVR2_3B.mlp_hidden + 4)
+    assert try_restore(packed, 7, None) <= try_restore(plain, 7, None) + rows

@@ -81,6 +81,38 @@ def test_what_a_convolution_takes_inside_counts_on_a_cpu():
     assert taken.peak - taken.kept == weight.nbytes
 
 
+def test_what_is_written_to_a_given_tensor_counts_once():
+    def call() -> torch.Tensor:
+        x = torch.empty(KILO, dtype=torch.uint8)
+        return torch.stack([x, x], out=torch.empty(2, KILO, dtype=torch.uint8))
+
+    assert footprint(call, "cpu") == (3 * KILO, 2 * KILO)
+
+
+OPERATIONS = {
+    "statistics": lambda x: torch.batch_norm_update_stats(x, torch.zeros(4), torch.ones(4), 0.0)[1],
+    "attention": lambda x: F.scaled_dot_product_attention(x, x[:, :, :5], x[:, :, :5, :3]),
+    "moments": lambda x: torch.var_mean(x, dim=(-2, -1), keepdim=True)[0],
+    "transposed product": lambda x: x.transpose(1, 2) @ torch.ones(8, 5),
+    "scalar that is no integer": lambda x: x.sum() + (x.long() * 1.5).sum() + (x.long() * True).sum(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_an_operation_makes_is_what_torch_makes_the_second_time_as_well(name, layout):
+    x, seen = torch.randn(2, 4, 6, 8).contiguous(memory_format=layout), []
+
+    def call() -> None:
+        seen.append(OPERATIONS[name](x))
+
+    footprint(call, "cpu")
+    footprint(call, "cpu")
+    expected = OPERATIONS[name](x)
+    for y in seen:
+        assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_linear_layers_are_tried_as_well(dtype):
     mlp = pack(SwiGLU(32, 64).to(dtype).requires_grad_(False))
