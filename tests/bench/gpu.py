@@ -1,14 +1,17 @@
 """Everything there is to measure on a GPU, in steps of less than ten minutes. `python -m tests.bench.gpu --out DIR`
 
-Every step is a run of its own: one of the other benches, or the tests that need a GPU. What a step printed and found is
-kept in the folder as STEP.txt and STEP.json, so a second call goes on with the steps that are missing or failed;
-`--step NAME` runs only that one. `--quick --device cpu` shows on any machine that nothing here is broken.
+Every step is a run of its own: one of the other benches, or the tests that need a GPU; what matters most comes first.
+What a step printed and found is kept in the folder as STEP.txt and STEP.json, so a second call goes on with the steps
+that are missing, and then with those that failed; `--step NAME` runs only that one. Where a machine is lent for some
+minutes at a time, `--minutes` ends a call in time. `--quick --device cpu` shows on any machine that nothing here is
+broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,12 +19,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tests.bench.measure import RESULTS
 
 ROOT = Path(__file__).parents[2]
 # Seconds that a step may take; a little less than what machines are lent for at a time.
 LIMIT = 570
+# With less left than this no step is begun.
+TOO_SHORT = 30
 BRIEFLY = ("--warmups", "1", "--runs", "3")
 
 
@@ -42,11 +48,29 @@ class Step:
         return [*command, "--device", device, *(["--quick"] if quick else ["--out", str(out)])]
 
 
+def tests(name: str, *paths: str) -> Step:
+    """The tests in these parts of tests/core that need a GPU."""
+    where = (f"tests/core/{path}" for path in paths)
+    options = ("-q", "--tb=short", "--durations=8", "-p", "no:cacheprovider")
+    return Step(name, "pytest", ("-m", "gpu", *where, *options), needs_gpu=True, is_bench=False)
+
+
 STEPS = (
     Step("ceilings", "tests.bench.ceilings"),
-    Step(
-        "tests", "pytest", ("-m", "gpu", "tests/core", "-q", "-p", "no:cacheprovider"), needs_gpu=True, is_bench=False
+    # Apart, because a kernel that breaks the GPU's state takes all tests of its process with it. File by file, because
+    # others may need packages that a lent machine does not have.
+    tests("tests_library", "attention/test_attention.py", "checkpoints/test_load.py", "memory/test_plan.py",
+          "memory/test_streaming.py", "models/test_linear.py", "video/test_transfers.py"),
+    tests("tests_kernels", "kernels", "attention/test_triton_windows.py", "models/test_chosen.py"),
+    Step("720p_25", "tests.bench.pipeline", ("720p_25", "--library")),
+    # Without a GPU all cases are as small as the first.
+    *(
+        Step(case, "tests.bench.pipeline", (case, "--library"), needs_gpu=True)
+        for case in ("paper_100", "1080p_25", "image_4k")
     ),
+    Step("paper_100_7b", "tests.bench.pipeline", ("paper_100", "--model", "7b"), needs_gpu=True),
+    Step("dit", "tests.bench.dit", BRIEFLY),
+    Step("fp8", "tests.bench.fp8"),
     # The sweep over convolutions: NCDHW, channels-last and our own kernel.
     *(
         Step(f"conv_{channels}", "tests.bench.kernels", (*BRIEFLY, "--cases", f"conv {channels}->"), needs_gpu=True)
@@ -57,31 +81,23 @@ STEPS = (
     Step("vae_image", "tests.bench.vae", (*BRIEFLY, "--cases", " 1x")),
     Step("vae_5", "tests.bench.vae", (*BRIEFLY, "--cases", " 5x")),
     Step("vae_9", "tests.bench.vae", (*BRIEFLY, "--cases", " 9x"), needs_gpu=True),
-    Step("vae_25", "tests.bench.vae", (*BRIEFLY, "--cases", " 25x"), needs_gpu=True),
-    Step("dit", "tests.bench.dit", BRIEFLY),
-    Step("fp8", "tests.bench.fp8"),
-    Step("720p_25", "tests.bench.pipeline", ("720p_25", "--library")),
-    # Without a GPU all cases are as small as the first.
-    *(
-        Step(case, "tests.bench.pipeline", (case, "--library"), needs_gpu=True)
-        for case in ("paper_100", "1080p_25", "image_4k")
-    ),
-    Step("paper_100_7b", "tests.bench.pipeline", ("paper_100", "--model", "7b"), needs_gpu=True),
     Step("memory", "tests.bench.memory"),
-)
+    Step("vae_25", "tests.bench.vae", (*BRIEFLY, "--cases", " 25x"), needs_gpu=True),
+)  # fmt: skip
 
 
-def run(step: Step, device: str, quick: bool, out: Path) -> bool:
-    """Run a step and keep what came of it; whether it succeeded."""
+def run(step: Step, device: str, quick: bool, out: Path, limit: float = LIMIT) -> bool:
+    """Run a step for so many seconds at most and keep what came of it; whether it succeeded."""
     command = step.command(device, quick, out)
     # Benches are modules of this checkout, wherever this was started from; kernels are to be compiled.
-    variables = {"PYTHONPATH": str(ROOT), **({"TRITON_INTERPRET": "0"} if device == "cuda" else {})}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {"PYTHONPATH": path, **({"TRITON_INTERPRET": "0"} if device == "cuda" else {})}
     start = time.perf_counter()
     text = out / f"{step.name}.txt"
     with text.open("w") as log:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT
+                command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, timeout=limit
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
@@ -96,7 +112,7 @@ def run(step: Step, device: str, quick: bool, out: Path) -> bool:
         "report": last_report(text.read_text()) if step.is_bench else None,
     }
     (out / f"{step.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    state = "done" if code == 0 else f"took longer than {LIMIT} s" if code is None else f"FAILED with code {code}"
+    state = "done" if code == 0 else f"took longer than {limit:.0f} s" if code is None else f"FAILED with code {code}"
     print(f"{step.name}: {state}, {seconds:.0f} s", flush=True)
     return code == 0
 
@@ -112,12 +128,15 @@ def last_report(text: str) -> dict | None:
     return None
 
 
-def is_done(step: Step, out: Path, quick: bool, device: str) -> bool:
+def before(step: Step, out: Path, quick: bool, device: str) -> Literal["done", "failed", "missing"]:
+    """What became of a step in an earlier call; one that took too long is missing."""
     try:
         kept = json.loads((out / f"{step.name}.json").read_text())
     except (OSError, ValueError):
-        return False
-    return kept["code"] == 0 and (kept["quick"], kept["device"]) == (quick, device)
+        return "missing"
+    if kept["code"] is None or (kept["quick"], kept["device"]) != (quick, device):
+        return "missing"
+    return "failed" if kept["code"] else "done"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,20 +145,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder for what comes of it")
     parser.add_argument("--step", nargs="+", choices=[step.name for step in STEPS], help="only these, done or not")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin and cut steps so as to end by then")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + 60 * args.minutes
+    states = {step: before(step, out, args.quick, args.device) for step in STEPS}
     ok = True
-    for step in STEPS:
+    for step in sorted(STEPS, key=lambda step: states[step] == "failed"):
+        left = end - time.perf_counter()
         if args.step and step.name not in args.step:
             continue
         if step.needs_gpu and args.device != "cuda":
             print(f"{step.name}: left out, it needs a GPU", flush=True)
-        elif not args.step and is_done(step, out, args.quick, args.device):
+        elif not args.step and states[step] == "done":
             print(f"{step.name}: done before", flush=True)
+        elif left < TOO_SHORT:
+            print(f"{step.name}: left for another call", flush=True)
+            ok = False
         else:
-            ok = run(step, args.device, args.quick, out) and ok
+            ok = run(step, args.device, args.quick, out, min(LIMIT, left)) and ok
     return 0 if ok else 1
 
 

@@ -74,7 +74,7 @@ class Options:
 
 @torch.no_grad()
 def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
-    """A module with random weights, equal for every dtype and device up to rounding.
+    """A module with random weights, on one device equal for every dtype up to rounding.
 
     Matrices keep the variance of what they multiply. Norms and scales lie around 1 and biases around 0, but none of
     them is exactly that, because a shortcut that forgets a bias must show in the result.
@@ -83,9 +83,10 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.devic
         module = make()
     # Straight into the final type: fp32 weights that are thrown away again would count as memory in use.
     module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    draw = torch.Generator().manual_seed(seed)
+    # Where it computes: a CPU would draw a large transformer's weights for a minute.
+    draw = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=draw)
+        noise = torch.randn(parameter.shape, generator=draw, device=device)
         if parameter.ndim > 1:
             parameter.copy_(noise * parameter[0].numel() ** -0.5)
         else:
@@ -95,8 +96,9 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.devic
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
-    """Unit Gaussian input, equal for every dtype and device up to rounding."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    """Unit Gaussian input, on one device equal for every dtype up to rounding."""
+    draw = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=draw, device=device).to(dtype)
 
 
 def relative_l2(value: Tensor, reference: Tensor) -> float:
@@ -145,7 +147,10 @@ def _timed(call: Call, options: Options) -> tuple[float, float, Tensor]:
 
 
 def measure_memory(make: Callable[[torch.device], Call], options: Options) -> Memory | None:
-    """Memory of a first call in a fresh process; None where the system does not tell."""
+    """Memory of a first call, on a CPU in a fresh process; None where the system does not tell."""
+    if options.device.type == "cuda":
+        # Torch's allocator knows what is whose, and a process takes longer to start than most of what is measured.
+        return _memory(make, options)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_memory, make, options).result()
 
@@ -156,6 +161,7 @@ def _memory(make: Callable[[torch.device], Call], options: Options) -> Memory | 
     call = make(options.device)
     if options.device.type == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         call()
@@ -180,32 +186,39 @@ def _resident(name: str) -> int:
 
 @torch.inference_mode()
 def measure(case: Case, options: Options) -> list[dict]:
-    """One row for each contender of a case.
+    """One row for each contender of a case; of one that fails the row has an "error" and no figures.
 
     Raises:
         ArithmeticError: an output holds a NaN or an infinity.
     """
+    memory, errors = {}, {}
     # Before anything large is built here, so that the processes do not compete for memory.
-    memory = {name: measure_memory(make, options) for name, make in case.contenders.items()}
-    calls = {name: make(options.device) for name, make in case.contenders.items()}
+    for name, make in case.contenders.items():
+        try:
+            memory[name] = measure_memory(make, options)
+        except Exception as error:  # whatever it is, the others shall be measured
+            errors[name] = f"{type(error).__name__}: {error}"
+            print(f"{case.name} {name} failed: {errors[name]}", file=sys.stderr, flush=True)
+    calls = {name: case.contenders[name](options.device) for name in memory}
     timings, outputs = time_in_turn(calls, options)
     rows = []
     for name, output in outputs.items():
         if not output.isfinite().all():
             raise ArithmeticError(f"{case.name} {name} gave NaN or infinity")
         other = case.against.get(name)
+        compared = name != case.reference and case.reference in outputs
         rows.append(
             {
                 "case": case.name,
                 "contender": name,
                 "seconds": asdict(timings[name]),
                 "memory": asdict(memory[name]) if memory[name] else None,
-                "relative_l2": None if name == case.reference else relative_l2(output, outputs[case.reference]),
+                "relative_l2": relative_l2(output, outputs[case.reference]) if compared else None,
                 "against": other,
-                "speedup": timings[other].median / timings[name].median if other else None,
+                "speedup": timings[other].median / timings[name].median if other in timings else None,
             }
         )
-    return rows
+    return rows + [{"case": case.name, "contender": name, "error": error} for name, error in errors.items()]
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -213,6 +226,8 @@ def table(rows: Sequence[dict]) -> str:
     head = ("case", "contender", "median s", "min..max", "busy s", "first s", "peak MB", "rel. L2", "speed-up")
     lines = [head]
     for row in rows:
+        if "error" in row:
+            continue
         seconds, memory = row["seconds"], row["memory"]
         lines.append(
             (
@@ -265,6 +280,8 @@ def environment(options: Options) -> dict:
         "threads": options.threads,
         "gpu": torch.cuda.get_device_name() if options.device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if options.device.type == "cuda" else None,
+        # In fp32: of matrix products, and of convolutions.
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
         "gemm_tflops": {
             str(dtype).removeprefix("torch."): round(gemm_rate(dtype, options.device), 3)
             for dtype in (torch.float32, torch.bfloat16)
@@ -316,11 +333,15 @@ def main(name: str, list_cases: Callable[[Options], Sequence[Case]]) -> None:
         parser.error(f"no case is called {' or '.join(args.cases)}")
     report = {"bench": name, "quick": options.quick, "environment": environment(options), "rows": []}
     for case in cases:
-        print(case.name, file=sys.stderr, flush=True)
-        report["rows"] += measure(case, options)
+        rows = measure(case, options)
+        report["rows"] += rows
+        # At once: what comes later may fail or take too long.
+        print(table(rows), file=sys.stderr, flush=True)
     print(table(report["rows"]))
     if not options.quick:
         args.out.mkdir(parents=True, exist_ok=True)
         stamp = report["environment"]["date"][:16].replace(":", "").replace("-", "")
         (args.out / f"{name}-{options.device.type}-{stamp}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
+    if any("error" in row for row in report["rows"]):
+        sys.exit(1)

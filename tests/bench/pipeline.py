@@ -105,10 +105,12 @@ class Ours:
 
 def in_slices(step: Callable, x: Tensor, length: int) -> Tensor:
     state, out = CausalState(), []
-    for part in [x[:, :, : 1 + length], *x[:, :, 1 + length :].split(length, dim=2)]:
-        if part.shape[2]:
-            y, state = step(part, state)
-            out.append(y)
+    parts = [x[:, :, : 1 + length], *x[:, :, 1 + length :].split(length, dim=2)]
+    parts = [part for part in parts if part.shape[2]]
+    for part in parts:
+        # As in a restoration: a picture leaves no state, which at 4K would not fit.
+        y, state = step(part, state, last=part is parts[-1])
+        out.append(y)
     return torch.cat(out, dim=2)
 
 
@@ -213,15 +215,19 @@ def main() -> None:
         makers["plain"] = plain
     makers |= {file.stem: load_adapter(file) for file in args.adapter}
     sizes = TOY if args.quick else FULL[args.model]
-    report = {"bench": "pipeline", "model": args.model, "environment": environment(options), "rows": []}
+    report = {"bench": "pipeline", "model": args.model, "environment": environment(options), "rows": [], "errors": []}
     for name in args.cases or CASES:
         work = QUICK if args.quick else CASES[name]
         reference: dict[str, Tensor] = {}
         # One after the other: two models of this size need not fit beside each other.
         for label, make in makers.items():
-            contender = make(sizes, device, dtype)
-            stages = run_stages(contender, sizes, work, options, dtype)
-            del contender
+            try:
+                stages = run_stages(make(sizes, device, dtype), sizes, work, options, dtype)
+            except Exception as error:  # whatever it is, the others shall be measured
+                failed = f"{type(error).__name__}: {error}"
+                report["errors"].append({"case": name, "contender": label, "error": failed})
+                print(f"{name} {label} failed: {failed}", file=sys.stderr, flush=True)
+                continue
             for stage, row in stages.items():
                 output = row.pop("output")
                 row["relative_l2"] = relative_l2(output, reference[stage]) if stage in reference else None
@@ -233,6 +239,8 @@ def main() -> None:
         stamp = report["environment"]["date"][:16].replace(":", "").replace("-", "")
         (args.out / f"pipeline-{args.model}-{device.type}-{stamp}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
+    if report["errors"]:
+        sys.exit(1)
 
 
 def line(row: dict) -> str:

@@ -7,6 +7,7 @@ Encoding and decoding as the pipeline does it: in slices, the mean of the poster
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from seedvr2_core.kernels import choices_for
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
+from seedvr2_core.pipeline import fast_options
 from seedvr2_core.video.geometry import latent_grid
 from tests.bench.measure import Call, Case, Options, build, main, random
 
@@ -34,17 +36,18 @@ def plain(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> VideoV
 
 
 def fast(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
-    return FastVAE(plain(config, dtype, device))
+    """Convolutions share products, on a GPU too."""
+    return FastVAE(plain(config, dtype, device), replace(fast_options(device), winograd_from=FastOptions.winograd_from))
 
 
 def direct(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
     """Convolutions share no products."""
-    return FastVAE(plain(config, dtype, device), FastOptions(winograd_from=None))
+    return FastVAE(plain(config, dtype, device), replace(fast_options(device), winograd_from=None))
 
 
 def chosen(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> FastVAE:
     """The same, with our kernels where they are faster."""
-    options = FastOptions(winograd_from=None, choices=choices_for(device))
+    options = replace(fast_options(device), winograd_from=None, choices=choices_for(device))
     return FastVAE(plain(config, dtype, device), options)
 
 

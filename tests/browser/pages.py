@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,9 @@ RUN_TIMEOUT = 300.0
 SETTLE = 2_500.0
 # Room for the bars of the page and what they say, in pixels: left, top, right, bottom.
 BARS = (80, 170, 30, 30)
+# Pixels of the graph: how wide a socket is; and in how many steps a curve is followed.
+SOCKET = 20
+CURVE = 200
 # What the host itself can't find in a fresh folder.
 HOST_MISSES = ("/userdata", "/user.css", "/favicon.ico")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
@@ -35,6 +40,10 @@ NODES = """() => app.graph.nodes.map(node => { const box = new Float64Array(4); 
   return {name: `${node.id} ${node.title}`, box: Array.from(node.getBounding())} })"""
 GROUPS = """() => app.graph.groups.map(group => ({name: group.title,
   box: [group.pos[0], group.pos[1], group.size[0], group.size[1]]}))"""
+LINKS = """() => [...app.graph.links.values()].map(link => {
+  const from = app.graph.getNodeById(link.origin_id), to = app.graph.getNodeById(link.target_id);
+  return {name: `${from.title} > ${to.title}`,
+    ends: [...from.getConnectionPos(false, link.origin_slot), ...to.getConnectionPos(true, link.target_slot)]} })"""
 PLAYERS = """() => app.graph.nodes.filter(node => node.type === 'SVR2RestoreVideo')
   .map(node => node.imgs?.length ? 'picture' : node.videoContainer?.querySelector('video')?.videoWidth || null)"""
 SHOW = """([x, y, width, height, left, top, right, bottom]) => { const ds = app.canvas.ds;
@@ -70,6 +79,34 @@ class Box:
         )
 
 
+@dataclass(frozen=True)
+class Link:
+    """A line from an output to an input, drawn as LiteGraph does: a curve that leaves and arrives level."""
+
+    name: str
+    x: float
+    y: float
+    to_x: float
+    to_y: float
+
+    def passes_behind(self, box: Box) -> bool:
+        """Whether a piece of it, longer than a socket is wide, lies inside the box."""
+        inside = [point for point in self.points() if Box("", *point, 0, 0).overlaps(box)]
+        return bool(inside) and math.dist(inside[0], inside[-1]) > SOCKET
+
+    def points(self) -> Iterator[tuple[float, float]]:
+        bend = math.dist((self.x, self.y), (self.to_x, self.to_y)) / 4
+        for step in range(CURVE + 1):
+            t = step / CURVE
+            shares = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3
+            across, down = (self.x, self.x + bend, self.to_x - bend, self.to_x), (self.y, self.y, self.to_y, self.to_y)
+            yield _sum(shares, across), _sum(shares, down)
+
+
+def _sum(shares: Sequence[float], values: Sequence[float]) -> float:
+    return sum(share * value for share, value in zip(shares, values, strict=True))
+
+
 @dataclass
 class Page:
     """One tab with ComfyUI in it."""
@@ -102,6 +139,9 @@ class Page:
 
     def groups(self) -> list[Box]:
         return [Box(entry["name"], *entry["box"]) for entry in self.browser.evaluate(GROUPS)]
+
+    def links(self) -> list[Link]:
+        return [Link(entry["name"], *entry["ends"]) for entry in self.browser.evaluate(LINKS)]
 
     def run(self) -> dict[str, Any]:
         """Click Run, wait for the end and return the history's entry."""

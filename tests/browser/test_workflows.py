@@ -30,8 +30,9 @@ def page(pages: Pages, workflow: Path) -> Iterator[Page]:
 
 
 def assert_tidy(page: Page) -> None:
-    """No node covers another, and each lies in a group."""
+    """No node covers another or a link, and each lies in a group."""
     nodes, groups = page.nodes(), page.groups()
+    assert not [(link.name, node.name) for link in page.links() for node in nodes if link.passes_behind(node)]
     assert not [(a.name, b.name) for a, b in itertools.combinations(nodes, 2) if a.overlaps(b)]
     assert not [node for node in nodes if not any(group.contains(node) for group in groups)]
     assert not [(a.name, b.name) for a, b in itertools.combinations(groups, 2) if a.overlaps(b)]

@@ -1,5 +1,7 @@
 """Every backend against the reference, and the reference against the definition; then how one is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from seedvr2_core.attention import (
     reference,
     varlen_attention,
 )
+from seedvr2_core.attention.backend import needs_half_on_cuda
 from seedvr2_core.errors import SettingError
 
 # One token, short sequences, sizes around a kernel's block, equal windows, and a window of 720p with its text.
@@ -90,6 +93,18 @@ def test_a_backend_agrees_with_the_reference_in_bfloat16_on_a_gpu(backend, lengt
     call = random_call(lengths, d=128, dtype=torch.bfloat16, device="cuda")
     skip_unless_it_can(backend, call)
     assert_agrees(backend, call)
+
+
+@pytest.mark.parametrize(
+    ("capability", "d", "reason"),
+    [((9, 0), 128, None), ((8, 0), 20, "in multiples of 8, got 20"), ((9, 0), 264, "up to 256 channels"),
+     ((7, 5), 128, "needs compute capability 8.0 or later, got 7.5")],
+)  # fmt: skip
+def test_fused_kernels_refuse_heads_and_gpus_that_they_were_not_written_for(monkeypatch, capability, d, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(7, 2, d))
+    got = needs_half_on_cuda(AttentionCall(q, q, q, Sequences((7,), q.device)))
+    assert got is None if reason is None else reason in got
 
 
 @EVERY_BACKEND

@@ -32,7 +32,7 @@ class Ground:
         return Ground(self.device, torch.float16, 2e-3)
 
     def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape).to(self.device, self.dtype)
+        return torch.randn(shape, device=self.device).to(self.dtype)
 
     def assert_close(self, got: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
         assert got.shape == expected.shape

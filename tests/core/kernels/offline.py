@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -29,10 +30,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def norms() -> None:
-    x = empty(1, 128, 6, 720, 1280)[:, :, 2:]
-    moments = group_norm.group_statistics(x, 32, empty(128))
-    group_norm.add_residual(x, x, 32, empty(128))
-    group_norm.apply_norm_silu(x, moments, empty(128), empty(128), 1e-6, x, empty(128))
+    # Triton compiles anew where a size is 1; and the autoencoder hands over single frames, without anything to add.
+    for x in (empty(1, 128, 6, 720, 1280)[:, :, 2:], empty(1, 512, 1, 90, 160)):
+        row = empty(x.shape[1])
+        moments = group_norm.group_statistics(x, 32, row)
+        group_norm.group_statistics(x, 32)
+        group_norm.add_residual(x, x, 32, row)
+        group_norm.apply_norm_silu(x, moments, row, row, 1e-6, x, row)
+        group_norm.apply_norm_silu(x, moments, row, row, 1e-6)
 
 
 def modulations() -> None:
@@ -43,9 +48,9 @@ def modulations() -> None:
 
 
 def convolutions(capability: int) -> None:
-    for c_in, c_out in ((128, 128), (128, 3)):
-        x, weight = empty(1, c_in, 6, 720, 1280), empty(c_out, c_in, 3, 3, 3)
-        residual = empty(1, c_out, 4, 720, 1280)
+    for c_in, c_out, taps, t in ((128, 128, 3, 4), (512, 256, 1, 1), (128, 3, 3, 1)):
+        x, weight = empty(1, c_in, t + taps - 1, 90, 160), empty(c_out, c_in, taps, 3, 3)
+        residual = empty(1, c_out, t, 90, 160)
         for tile in causal_conv3d.tiles(divmod(capability, 10), c_in, c_out):
             if c_out % 32 == 0:
                 causal_conv3d.causal_conv3d_with_statistics(x, weight, tile, 32, empty(c_out), residual)
@@ -63,6 +68,8 @@ def attention() -> None:
     call = windows.WindowCall(vid=stream(870), txt=stream(58), cos=turns, sin=turns, eps=1e-5, windows=made)
     for tile in windows.TILES:
         windows.attend(call, tile)
+    # As in the last layer.
+    windows.attend(replace(call, txt=replace(call.txt, q=None)))
 
 
 def frames(capability: int) -> None:

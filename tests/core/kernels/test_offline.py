@@ -20,7 +20,7 @@ def compiled(tmp_path_factory):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "tests.core.kernels.offline", "80", "86", "90"]
+    command = [sys.executable, "-m", "tests.core.kernels.offline", *map(str, SHARED)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -32,7 +32,7 @@ def of(compiled, capability, kernel):
     return found
 
 
-@pytest.mark.parametrize("capability", (80, 86, 90))
+@pytest.mark.parametrize("capability", SHARED)
 def test_every_kernel_compiles_and_fits_shared_memory(compiled, capability):
     mine = [entry for entry in compiled if entry["capability"] == capability]
     expected = {"statistics_kernel", "apply_kernel", "norm_modulate_kernel", "gate_residual_kernel", "pointer_kernel",
