@@ -18,6 +18,7 @@ import itertools
 import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -391,6 +392,8 @@ def told_of_memory(models: Models, size: tuple[int, int]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        # Who is told may keep the traceback, which would keep what the steps were working on.
+        traceback.clear_frames(error.__traceback__)
         raise SettingError(
             f"Restoring at {size[1]} x {size[0]} takes more memory than {models.device} has free; choose a smaller "
             "size or a shorter chunk, or close other programs."

@@ -1,8 +1,9 @@
-"""A cancellation is asked for again and again, however large a frame is, and leaves nothing behind."""
+"""Whether to go on is asked again and again, however large a frame is; what ends early leaves nothing behind."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from seedvr2_core.errors import Cancelled
+from seedvr2_core.errors import Cancelled, SettingError
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE
 from seedvr2_core.models.vae_fast import FastVAE
-from seedvr2_core.pipeline import Models, Settings, fast_options, restore_file, stream
+from seedvr2_core.pipeline import Models, Settings, fast_options, restore, restore_file, stream
 from seedvr2_core.video.geometry import Target
 
 NARROW = VAEConfig(widths=(16, 32, 64, 96), blocks=1, groups=4)
@@ -37,9 +38,7 @@ def shares(config: VAEConfig, way: str, frames: int) -> list[float]:
     return [(after - before) / (looks[-1] - looks[0]) for before, after in pairwise(looks)]
 
 
-@pytest.mark.parametrize(
-    ("config", "frames", "way"), [(SEEDVR2_VAE, 1, "decode"), (NARROW, 5, "encode"), (NARROW, 5, "decode")]
-)
+@pytest.mark.parametrize(("config", "frames", "way"), [(SEEDVR2_VAE, 1, "decode"), (NARROW, 5, "encode")])
 def test_no_part_of_a_large_frame_is_long(config, frames, way):
     assert max(shares(config, way, frames)) < 0.09
 
@@ -94,3 +93,20 @@ def test_cancelling_from_another_thread_leaves_nothing_half_written(runnable: Mo
     assert [path.name for path in out.iterdir()] == ["old.mkv"]
     assert (out / "old.mkv").read_bytes() == b"old"
     assert set(threading.enumerate()) == running
+
+
+def test_a_failure_that_somebody_keeps_keeps_no_frames(runnable: Models):
+    vae, seen = FastVAE(runnable.vae), []
+    last = vae.decoder[-1]
+
+    def fail(frames: list[Tensor], state: object) -> list[Tensor]:
+        if frames[0].is_meta:  # the plan is being made
+            return last(frames, state)
+        seen.append(weakref.ref(frames[0]))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    vae.decoder[-1] = fail
+    with pytest.raises(SettingError, match="takes more memory") as kept:
+        restore(torch.rand(5, 48, 64, 3), replace(runnable, vae=vae), SAME)
+    assert kept.value.__cause__.__traceback__
+    assert seen and not [frame for frame in seen if frame() is not None]
