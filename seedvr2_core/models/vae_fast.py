@@ -60,7 +60,10 @@ class Step(Protocol):
     """Part of the network."""
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        """The next frames of a clip in, what comes of them out. What later ones will need is left in the state."""
+        """The next frames of a clip in, what comes of them out. What later ones will need is left in the state.
+
+        The list is the step's own: it may take frames out of it to let go of them.
+        """
 
 
 @dataclass(kw_only=True)
@@ -235,7 +238,7 @@ class NormSilu:
         self.norm, self.options = norm, options
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
-        return [F.silu(self.normed(frame), inplace=True) for frame in frames]
+        return [F.silu(self.normed(frames.pop(0)), inplace=True) for _ in range(len(frames))]
 
     def normed(self, frame: Tensor) -> Tensor:
         if self.options.split is not None:
@@ -342,8 +345,10 @@ class Resnet:
         self.first, self.second, self.skip = first, second, skip
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
+        # A wide input is let go of as soon as it is narrowed and normed.
+        sources = [self.skip(frame) for frame in frames]
         out = self.second(self.first(frames, state), state)
-        return [frame.add_(self.skip(source)) for frame, source in zip(out, frames, strict=True)]
+        return [frame.add_(source) for frame, source in zip(out, sources, strict=True)]
 
 
 class Skip:
@@ -408,7 +413,7 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
     rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
     # Rows of the small kernels of an upsampler would share too little.
     shared_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
-    return WinogradTaps(weight, bias, shared_rows)
+    return WinogradTaps(weight, bias, shared_rows, on_band=options.step)
 
 
 class BandedTaps:
@@ -416,7 +421,10 @@ class BandedTaps:
 
     def __init__(self, taps: ThreeTaps | StackedTaps, weight: Tensor, options: FastOptions):
         """The weight c_out c ... k k has a kernel 2 or 3 rows high."""
-        self.taps, self.kernel, self.products, self.options = taps, weight.shape[-1], weight.numel(), options
+        self.taps, self.kernel, self.options = taps, weight.shape[-1], options
+        # Shared products come in small bands anyway; with kernels of 2 rows, those of a picture share none.
+        small = isinstance(taps, WinogradTaps) and self.kernel == 3
+        self.turn = None if small or options.turn is None else options.turn // weight.numel()
 
     def still(self, frame: Tensor) -> Tensor:
         return self.in_bands(lambda frames: [self.taps.still(*frames)], [frame])[0]
@@ -426,8 +434,7 @@ class BandedTaps:
 
     def in_bands(self, compute: Callable[[Frames], Frames], frames: Frames) -> Frames:
         height, width = frames[0].shape[-2:]
-        band, turn = self.options.band, self.options.turn
-        limits = [size for size in (band, turn and turn // self.products) if size is not None]
+        limits = [size for size in (self.options.band, self.turn) if size is not None]
         rows = max(1, min(limits, default=height * width) // width)
         if rows >= height:
             return compute([frame[...] for frame in frames])

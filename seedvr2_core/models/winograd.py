@@ -116,18 +116,21 @@ class FourRows:
 class WinogradTaps:
     """A causal convolution with three taps in time, two frames at a time."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shared_rows: bool):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, shared_rows: bool, on_band: Callable[[], None] = lambda: None
+    ):
         """
         Args:
             weight: c_out c 3 k k.
             shared_rows: whether rows share products as well, four in fp32 and two in smaller types; k has to be 3.
+            on_band: called after every band; may raise to cancel.
         """
         # Sums of rounded weights are formed in fp32 and rounded once.
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
         rows = SingleRows if not shared_rows else PairedRows if weight.dtype.itemsize == 2 else FourRows
         shared = (rows(taps, weight.dtype) for taps in share(*precise.unbind(2)))
         self.outer, self.total, self.difference, self.inner = shared
-        self.bias, self.c_out, self.k = bias, weight.shape[0], weight.shape[-1]
+        self.bias, self.c_out, self.k, self.on_band = bias, weight.shape[0], weight.shape[-1], on_band
 
     def still(self, frame: Tensor) -> Tensor:
         """The result at a frame before which it was always the same."""
@@ -178,4 +181,5 @@ class WinogradTaps:
             if first < 0 or last > h:
                 bands = [F.pad(band, (0, 0, int(first < 0), int(last > h))) for band in bands]
             compute(bands, [frame[:, :, start:stop] for frame in out])
+            self.on_band()
         return out
