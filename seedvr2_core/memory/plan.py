@@ -17,6 +17,7 @@ import torch
 
 from ..errors import SettingError
 from ..models.vae_fast import FastVAE
+from ..video.chunks import OVERLAP
 from ..video.geometry import LATENT_FRAMES, latent_grid
 from .stages import Portions, Work, reach, try_autoencoder, try_restore, weights_of
 from .streaming import Placement
@@ -41,8 +42,6 @@ PREPARED = 3 * 4 * VALUES
 # demanding colour transfer takes inside, measured.
 FINISHED = 3 * 3 * 4
 TRANSFERRED = 70
-# Latents at the beginning of a clip that take less to decode than those that follow.
-LIGHT = 2
 # Copies of a chunk's latents, in fp32: the conditions, what the transformer made of them, and one to blend with.
 LATENT_COPIES = 3
 # Latents' worth of frames that have been read and are on their way in or out, besides those of a chunk.
@@ -182,7 +181,7 @@ class Planner:
         fastest = self.portions[0]
         for state, streamed in larger:
             # Trials of what cannot fit would take most of the time: states alone may be too much.
-            states = self.before(max(lengths), fastest, state) + self.half("decode", fastest, state).kept
+            states = max(self.states(max(lengths), fastest, state), self.half("decode", fastest, state).kept)
             if self.weights.on_device(streamed) + states <= USABLE * budget:
                 plan = self.plan(budget, state, streamed, lengths)
                 if plan.peak <= USABLE * budget:
@@ -227,30 +226,39 @@ class Planner:
 
     def encode(self, chunk: int, portions: Portions, state: Placement) -> int:
         peak, kept = self.half("encode", portions, state)
-        waiting = self.waiting(chunk) + self.after(chunk, portions, state)
+        waiting = self.waiting(chunk) + (self.decoder(portions, state) if self.interleaved(chunk) else 0)
         return int(waiting + max(peak, kept + self.share * PREPARED * self.work.pixels))
 
     def restore(self, chunk: int, rows: int | None, portions: Portions, state: Placement) -> int:
-        waiting = self.waiting(chunk) + self.before(chunk, portions, state) + self.after(chunk, portions, state)
-        return waiting + self.dit(chunk, rows)
+        return self.waiting(chunk) + self.states(chunk, portions, state) + self.dit(chunk, rows)
 
     def decode(self, chunk: int, portions: Portions, state: Placement) -> int:
         peak, kept = self.half("decode", portions, state)
-        waiting = self.waiting(chunk)
-        # The encoder has ended before the last pass; of a short clip nothing heavy is decoded until then.
-        if self.work.latents - chunk > LIGHT:
-            waiting += self.before(chunk, portions, state)
+        waiting = self.waiting(chunk) + (self.encoder(portions, state) if self.interleaved(chunk) else 0)
         decoded = self.share * VALUES * self.work.dtype.itemsize
         finishing = kept + (decoded + FINISHED + TRANSFERRED) * self.work.pixels
         return int(waiting + max(self.handed_out + peak, finishing))
 
-    # All of a clip that is one pass is encoded before anything is decoded. Otherwise stages wait for each other.
+    # What a stage leaves for the next time, while others work.
 
-    def before(self, chunk: int, portions: Portions, state: Placement) -> int:
-        return 0 if self.work.latents <= chunk else self.half("encode", portions, state).kept
+    def encoder(self, portions: Portions, state: Placement) -> int:
+        return self.half("encode", portions, state).kept
 
-    def after(self, chunk: int, portions: Portions, state: Placement) -> int:
-        return 0 if self.work.latents <= chunk else self.half("decode", portions, state).kept + self.handed_out
+    def decoder(self, portions: Portions, state: Placement) -> int:
+        return self.half("decode", portions, state).kept + self.handed_out
+
+    def states(self, chunk: int, portions: Portions, state: Placement) -> int:
+        """Bytes of both that wait for the transformer."""
+        if self.work.latents <= chunk:
+            return 0
+        both = self.encoder(portions, state), self.decoder(portions, state)
+        return sum(both) if self.interleaved(chunk) else max(both)
+
+    def interleaved(self, chunk: int) -> bool:
+        """Whether anything heavy is decoded before the last latent is encoded: more than a first, lone frame."""
+        # Every pass but the last settles so many latents, once the one behind it is encoded.
+        settled = max(chunk - OVERLAP, 1)
+        return self.work.latents - 1 - chunk > (1 if settled == 1 else 0)
 
     @property
     def share(self) -> float:

@@ -238,9 +238,18 @@ def test_planning_takes_no_time_to_speak_of():
 
 
 @pytest.mark.parametrize(
-    "clip", [Clip(1, 256, 384), Clip(5, 128, 192), Clip(5, 160, 192, "bfloat16"), Clip(17, 96, 128, chunk=9)],
+    "clip",
+    [
+        Clip(1, 256, 384),
+        Clip(5, 128, 192),
+        Clip(5, 160, 192, "bfloat16"),
+        # Passes of the transformer: all is encoded before anything heavy is decoded, and not.
+        Clip(17, 96, 128, chunk=9),
+        Clip(21, 96, 128, chunk=9),
+        Clip(25, 96, 128, chunk=21),
+    ],
     ids=lambda clip: clip.name,
-)  # fmt: skip
+)
 def test_a_prediction_is_within_a_tenth_of_what_is_measured(clip):
     """Resident memory of a fresh process, above what it held before."""
     if not Path("/proc/self/clear_refs").exists():
