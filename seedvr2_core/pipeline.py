@@ -42,7 +42,7 @@ from .memory.stages import Work, reach, resident_bytes
 from .memory.streaming import StreamedBlocks, new_state, placed
 from .models.dit import DiT, DiTConfig, Layout, make_layout
 from .models.dit import token_grid as token_grid_of
-from .models.linear import pack
+from .models.linear import E4M3, pack
 from .models.linear import resolve as resolve_packing
 from .models.tiling import TiledVAE
 from .models.vae import CausalState, VideoVAE, posterior
@@ -170,18 +170,21 @@ def load_models(
     options = replace(fast_options(device), choices=choices)
     prompts, autoencoder = load_prompts(dit), FastVAE(load_vae(vae, dtype, device), options)
     content = inspect(dit)
-    if device.type == "cuda" and content.parameters * dtype.itemsize > free_bytes(device):
-        if packing != "auto":
-            raise SettingError(
-                f"Packing {packing!r} needs the whole transformer on {device}, where it does not fit; use 'auto'."
-            )
-        # Its blocks wait on the host until the plan of a clip says which of them may stay on the device.
-        transformer = load_dit(dit, dtype)
-        for name, part in transformer.named_children():
-            if name != "blocks":
-                part.to(device)
-    else:
+    taken = content.parameters * (E4M3 if packing == "fp8" else dtype).itemsize
+    fits = device.type != "cuda" or taken <= free_bytes(device)
+    if packing != "auto" and not fits:
+        raise SettingError(
+            f"Packing {packing!r} needs the whole transformer on {device}, where it does not fit; use 'auto'."
+        )
+    if device.type == "cpu" or (packing == "auto" and fits):
         transformer = pack(load_dit(dit, dtype, device), packing)
+    else:
+        # One part after another, so that no more than one lies on the device before it is packed. Blocks for which
+        # there is no room wait on the host until the plan of a clip says which of them may stay on the device.
+        transformer = load_dit(dit, dtype)
+        rest = [part for name, part in transformer.named_children() if name != "blocks"]
+        for part in [*rest, *(transformer.blocks if fits else [])]:
+            pack(part.to(device), packing)
     return Models(dit=transformer, vae=autoencoder, prompts=prompts, label=content.label, choices=choices)
 
 

@@ -54,6 +54,8 @@ Frames = list[Tensor]
 
 # Positions of a frame whose values torch may add up one by one; see `large_norm`.
 SUMMED = 4096
+# Values in one tensor that libraries of convolutions count in 32 bits.
+COUNTED = 2**31 - 1
 
 
 class Step(Protocol):
@@ -422,6 +424,7 @@ class BandedTaps:
     def __init__(self, taps: ThreeTaps | StackedTaps, weight: Tensor, options: FastOptions):
         """The weight c_out c ... k k has a kernel 2 or 3 rows high."""
         self.taps, self.kernel, self.options = taps, weight.shape[-1], options
+        self.most = COUNTED // max(weight.shape[:2])
         # Shared products come in small bands anyway; with kernels of 2 rows, those of a picture share none.
         small = isinstance(taps, WinogradTaps) and self.kernel == 3
         self.turn = None if small or options.turn is None else options.turn // weight.numel()
@@ -433,9 +436,9 @@ class BandedTaps:
         return self.in_bands(self.taps.moving, frames)
 
     def in_bands(self, compute: Callable[[Frames], Frames], frames: Frames) -> Frames:
-        height, width = frames[0].shape[-2:]
-        limits = [size for size in (self.options.band, self.turn) if size is not None]
-        rows = max(1, min(limits, default=height * width) // width)
+        b, _, height, width = frames[0].shape
+        limits = (self.options.band, self.turn, self.most // (b * len(frames)))
+        rows = max(1, min(limit for limit in limits if limit is not None) // width)
         if rows >= height:
             return compute([frame[...] for frame in frames])
         # A kernel of 2 rows has one result more: before the first row, between rows, behind the last.

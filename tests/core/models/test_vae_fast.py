@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seedvr2_core.models import winograd
+from seedvr2_core.models import vae_fast, winograd
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE, channels_last, flow
 from seedvr2_core.models.winograd import WinogradTaps
@@ -73,6 +73,24 @@ def test_whoever_watches_is_asked_the_more_often_the_shorter_a_turn(vae, way):
             getattr(fast, way)(x)
         asked.append(len(seen))
     assert asked[0] < asked[1] < asked[2]
+
+
+def test_no_convolution_sees_more_values_than_a_library_can_count(vae, monkeypatch):
+    conv3d, seen, latent = F.conv3d, [], torch.randn(1, 16, 2, 6, 4, dtype=torch.float64)
+    expected = vae.decode(latent)
+
+    def counted(x, *args, **kwargs):
+        seen.append(x.numel())
+        return conv3d(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv3d", counted)
+    close(FastVAE(vae, FastOptions(winograd_from=None)).decode(latent), expected)
+    whole = max(seen)
+    seen.clear()
+    monkeypatch.setattr(vae_fast, "COUNTED", whole // 3)
+    close(FastVAE(vae, FastOptions(winograd_from=None)).decode(latent), expected)
+    # A band has a neighbour's row on either side.
+    assert whole // 3 < max(seen) < whole // 2
 
 
 @EXACT

@@ -1,0 +1,116 @@
+"""What a GPU computes is what a CPU computes: both models against the published numbers, and whole restorations."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seedvr2_core import Settings, Target, load_models, pick, restore
+from seedvr2_core.checkpoints.export import save
+from seedvr2_core.models.dit import DiT
+from seedvr2_core.models.linear import FP8
+from seedvr2_core.models.vae import SEEDVR2_VAE, VideoVAE, posterior
+from seedvr2_core.models.vae_fast import FastVAE
+from seedvr2_core.pipeline import fast_options
+from tests.core.conftest import RUNNABLE_DIT
+from tests.core.models.test_dit import CASES, flatten, inputs, relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fp32_is_fp32() -> Iterator[None]:
+    """Convolutions round to 10 bits otherwise."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def fast(vae: VideoVAE, dtype: torch.dtype = torch.float32) -> FastVAE:
+    return FastVAE(copy.deepcopy(vae).to(CUDA, dtype), fast_options(CUDA))
+
+
+def moving(frames: int, height: int, width: int) -> torch.Tensor:
+    """A smooth clip T H W c in 0..1."""
+    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    waves = [torch.sin((x + 3 * t) / (7 + i)) + torch.cos((y - t) / (5 + i)) for i in range(3)]
+    return torch.stack(waves, dim=-1) / 4 + 0.5
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (-10 * (a - b).square().mean().log10()).item()
+
+
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
+@pytest.mark.parametrize(("way", "x", "y"), [("encode", "x", "moments"), ("decode", "z", "sample")])
+def test_the_autoencoder_matches_the_published_numbers(golden, tiny_vae, name, way, x, y):
+    tensors, meta = golden(f"vae/{name}_{way}")
+    vae, half = fast(tiny_vae(name)), fast(tiny_vae(name), torch.bfloat16)
+    for case in meta["cases"]:
+        source, expected = tensors[f"{case}/{x}"].to(CUDA), tensors[f"{case}/{y}"]
+        assert relative(getattr(vae, way)(source).cpu(), expected) < 1e-4, case
+        assert relative(getattr(half, way)(source.bfloat16()).float().cpu(), expected) < 5e-2, case
+
+
+@pytest.mark.parametrize("name", ["3b", "7b"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_transformer_matches_the_published_numbers(golden, tiny_dit, case, name):
+    tensors, _ = golden(f"dit/case_{case}")
+    latents, texts, times = inputs({key: x.to(CUDA) for key, x in tensors.items()})
+    model, expected = copy.deepcopy(tiny_dit(name)).to(CUDA), tensors[f"out_{name}"]
+    assert relative(flatten(model(latents, texts, times)).cpu(), expected) < 1e-4
+    latents, texts = ([x.bfloat16() for x in pieces] for pieces in (latents, texts))
+    assert relative(flatten(model.bfloat16()(latents, texts, times)).float().cpu(), expected) < 2e-2
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_frames_whose_norm_is_taken_in_parts_agree_with_a_cpu(random_vae, frames):
+    clip = moving(frames, 136, 160).permute(3, 0, 1, 2)[None] * 2 - 1
+    vae = fast(random_vae)
+    moments = random_vae.encode(clip)
+    assert relative(vae.encode(clip.to(CUDA)).cpu(), moments) < 1e-4
+    latent = posterior(moments)[0]
+    expected = random_vae.decode(latent)
+    for block, band in ((2, None), (1, None), (1, 17 * 160)):
+        vae.take(block, band)
+        assert relative(vae.decode(latent.to(CUDA)).cpu(), expected) < 1e-4
+
+
+def test_the_published_autoencoder_decodes_large_frames():
+    """Four of them have more than 2 ** 31 values in a layer."""
+    with CUDA:
+        vae = VideoVAE(SEEDVR2_VAE).bfloat16().requires_grad_(False)
+    clip = FastVAE(vae, fast_options(CUDA)).decode(torch.randn(1, 16, 2, 270, 480, device=CUDA, dtype=torch.bfloat16))
+    assert clip.shape == (1, 3, 5, 2160, 3840)
+    assert clip.isfinite().all()
+
+
+@pytest.mark.parametrize("frames", [1, 21])
+def test_a_restoration_is_the_same_as_on_a_cpu_and_every_time(frames):
+    clip, settings = moving(frames, 64, 96), Settings(target=Target.exact(128, 192), chunk=9)
+    expected = restore(clip, load_models(*pick("nano"), torch.device("cpu"), torch.float32), settings)
+    out = restore(clip, load_models(*pick("nano"), CUDA, torch.float32), settings)
+    assert psnr(out, expected) > 60
+    half = load_models(*pick("nano"), CUDA, torch.bfloat16)
+    first = restore(clip, half, settings)
+    assert psnr(first, expected) > 35
+    assert torch.equal(restore(clip, half, settings), first)
+
+
+def test_fp8_never_has_a_whole_plain_transformer_on_the_device(tmp_path):
+    if reason := FP8.why_not(torch.empty(16, 16, device=CUDA, dtype=torch.bfloat16)):
+        pytest.skip(reason)
+    dit = DiT(replace(RUNNABLE_DIT, dim=768, heads=12, depth=8, mlp_hidden=3072))
+    plain = 2 * sum(weight.numel() for weight in dit.parameters())
+    path, (_, vae) = tmp_path / "dit.safetensors", pick("nano")
+    save(path, dit.bfloat16(), dit.config, {"positive_conditioning": torch.randn(3, 64)})
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    models = load_models(path, vae, CUDA, torch.bfloat16, "fp8")
+    taken, most = torch.cuda.memory_allocated() - held, torch.cuda.max_memory_allocated() - held
+    assert taken < 0.7 * plain
+    assert most - taken < 0.3 * plain
+    assert restore(moving(5, 32, 48), models, Settings(target=Target.exact(64, 96))).isfinite().all()
