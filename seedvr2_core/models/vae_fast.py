@@ -411,7 +411,9 @@ class ThreeTaps(Taps, Protocol):
 def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> ThreeTaps:
     c, k = weight.shape[1], weight.shape[-1]
     if options.winograd_from is None or c < options.winograd_from:
-        return DirectTaps(weight, bias)
+        # For a lone clip in fp32 torch takes a slow path of its own on a CPU.
+        slow = weight.device.type == "cpu" and weight.dtype == torch.float32
+        return StackedTaps(weight, bias) if slow else DirectTaps(weight, bias)
     rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
     # Rows of the small kernels of an upsampler would share too little.
     shared_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
@@ -421,7 +423,7 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
 class BandedTaps:
     """Bands of rows, one after the other. Exact: a band gets the neighbours' rows that its kernel reaches."""
 
-    def __init__(self, taps: ThreeTaps | StackedTaps, weight: Tensor, options: FastOptions):
+    def __init__(self, taps: ThreeTaps, weight: Tensor, options: FastOptions):
         """The weight c_out c ... k k has a kernel 2 or 3 rows high."""
         self.taps, self.kernel, self.options = taps, weight.shape[-1], options
         self.most = COUNTED // max(weight.shape[:2])
@@ -495,20 +497,17 @@ class TemporalDown:
     """Halves time, height and width. Its state are the frames that the next result needs and that are here already."""
 
     def __init__(self, sampler: Downsampler, options: FastOptions):
-        self.weight = sampler.conv.weight.contiguous(memory_format=torch.channels_last_3d)
-        self.bias, self.split = sampler.conv.bias, options.split
+        self.taps = StackedTaps(sampler.conv.weight, sampler.conv.bias, stride=2, padding=0)
+        self.split = options.split
 
     def __call__(self, frames: Frames, state: CausalState) -> Frames:
         padded = [pad_end(frame, self.split) for frame in frames]
         out: Frames = []
         if self not in state:
-            out.append(F.conv2d(padded[0], channels_last(self.weight.sum(2)), self.bias, stride=2))
+            out.append(self.taps.still(padded[0]))
         held = [*state.get(self, []), *padded]
         while len(held) >= 3:
-            stacked = torch.stack([frame[...] for frame in held[:3]], dim=2).contiguous(
-                memory_format=torch.channels_last_3d
-            )
-            out.append(F.conv3d(stacked, self.weight, self.bias, stride=2).squeeze(2))
+            out += self.taps.moving([frame[...] for frame in held[:3]])
             held = held[2:]
         state[self] = held
         return out
@@ -636,13 +635,19 @@ class CoarseUp:
 
 
 class StackedTaps:
-    """As many frames as there are taps, one above the other as channels, for one result."""
+    """As many frames as there are taps, one above the other as channels, for every result."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
-        self.weight, self.bias = channels_last(weight.transpose(1, 2).flatten(1, 2)), bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1):
+        self.taps = weight.shape[2]
+        self.conv = partial(F.conv2d, bias=bias, stride=stride, padding=padding)
+        self.weight = channels_last(weight.transpose(1, 2).flatten(1, 2))
+
+    def still(self, frame: Tensor) -> Tensor:
+        return self.conv(frame, channels_last(self.weight.unflatten(1, (self.taps, -1)).sum(1)))
 
     def moving(self, frames: Frames) -> Frames:
-        return [F.conv2d(torch.cat(frames, dim=1), self.weight, self.bias, padding=1)]
+        starts = range(len(frames) - self.taps + 1)
+        return [self.conv(torch.cat(frames[start : start + self.taps], dim=1), self.weight) for start in starts]
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -415,9 +415,9 @@ def _in_trial() -> bool:
 @pytest.mark.parametrize("call", [1, 2, 7])
 @pytest.mark.parametrize("part", STAGES)
 def test_when_memory_runs_out_the_work_goes_on_from_there(runnable, pointwise, part, call, caplog):
-    # A shorter chunk makes no difference to the second, all else makes none to the first.
-    models = pointwise if part == "restore" else runnable
-    source, settings = clip(60), replace(SAME, chunk=25)
+    # A shorter chunk makes no difference to the second; for the first there is none, and all else makes no difference.
+    models, settings = (pointwise, replace(SAME, chunk=25)) if part == "restore" else (runnable, SHORT)
+    source = clip(60)
     expected = restore(source, replace(models, vae=FastVAE(models.vae)), settings)
     failing = Failing(models, part, min(call, 2) if part == "restore" else call)
     done = {stage: [] for stage in STAGES}
