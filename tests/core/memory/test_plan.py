@@ -243,10 +243,9 @@ def test_planning_takes_no_time_to_speak_of():
         Clip(1, 256, 384),
         Clip(5, 128, 192),
         Clip(5, 160, 192, "bfloat16"),
-        # Passes of the transformer: all is encoded before anything heavy is decoded, and not.
-        Clip(17, 96, 128, chunk=9),
+        # In passes: both halves of the autoencoder keep something at a time, and not.
         Clip(21, 96, 128, chunk=9),
-        Clip(25, 96, 128, chunk=21),
+        Clip(17, 96, 128, chunk=13),
     ],
     ids=lambda clip: clip.name,
 )
