@@ -24,7 +24,7 @@ ROOMS = {
     "diffusion": {"video.geometry"},
     "models": {"attention", "kernels", "video.geometry"},
     "checkpoints": {"models", "video.geometry"},
-    "memory": {"models", "video.geometry"},
+    "memory": {"models", "video.chunks", "video.geometry"},
 }
 # These stand above every room.
 TOP = {"__init__", "__main__", "pipeline"}

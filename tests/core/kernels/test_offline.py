@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,19 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Everything, for both kinds of Ampere and Hopper. In a process of its own, where Triton does not interpret."""
+    """Everything, for both kinds of Ampere and Hopper. In processes of their own, where Triton does not interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "tests.core.kernels.offline", *map(str, SHARED)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+    def compile_for(capability: int) -> list[dict]:
+        command = [sys.executable, "-m", "tests.core.kernels.offline", str(capability)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as threads:
+        return [entry for entries in threads.map(compile_for, SHARED) for entry in entries]
 
 
 def of(compiled, capability, kernel):

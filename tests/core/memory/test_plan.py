@@ -227,6 +227,13 @@ def seconds(call: object) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.parametrize(("frames", "chunk", "at_once"), [(17, 3, False), (21, 3, True), (21, 5, False), (25, 5, True)])
+def test_states_lie_side_by_side_only_where_something_is_decoded_before_all_is_encoded(frames, chunk, at_once):
+    tried = planner("3b", "720p", frames)
+    both = [kept(tried.portions[0], "device") for kept in (tried.encoder, tried.decoder)]
+    assert tried.states(chunk, tried.portions[0], "device") == (sum(both) if at_once else max(both))
+
+
 def test_planning_takes_no_time_to_speak_of():
     models = load_models(NANO_DIT, NANO_VAE, torch.device("cpu"), torch.float32)
     # Twice what it takes: other programs slow this one down even in its own time.
@@ -241,11 +248,9 @@ def test_planning_takes_no_time_to_speak_of():
     "clip",
     [
         Clip(1, 256, 384),
-        Clip(5, 128, 192),
         Clip(5, 160, 192, "bfloat16"),
-        # In passes: both halves of the autoencoder keep something at a time, and not.
+        # In passes: both halves of the autoencoder keep something at a time.
         Clip(21, 96, 128, chunk=9),
-        Clip(17, 96, 128, chunk=13),
     ],
     ids=lambda clip: clip.name,
 )
