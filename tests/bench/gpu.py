@@ -61,6 +61,7 @@ STEPS = (
     # others may need packages that a lent machine does not have.
     tests("tests_library", "attention/test_attention.py", "checkpoints/test_load.py", "memory/test_plan.py",
           "memory/test_streaming.py", "models/test_linear.py", "video/test_transfers.py"),
+    tests("tests_models", "test_gpu.py"),
     tests("tests_kernels", "kernels", "attention/test_triton_windows.py", "models/test_chosen.py"),
     Step("720p_25", "tests.bench.pipeline", ("720p_25", "--library")),
     # Without a GPU all cases are as small as the first.
