@@ -15,7 +15,7 @@ from tests.host.clips import cut
 from tests.host.server import Graph, Server, failure, files, succeeded
 
 MIB = 1 << 20
-FRAMES, SIDE = 9, 128
+FRAMES, SIDE = 9, 256
 # The smaller plan saves about 140 MiB here.
 TOO_LITTLE, FAR_TOO_LITTLE = 70 * MIB, 300 * MIB
 POOR = {
