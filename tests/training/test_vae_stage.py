@@ -42,6 +42,7 @@ CONFIG = VAETraining(
 )
 GAME = replace(
     CONFIG,
+    model=replace(NANO_VAE, widths=(8, 16, 16, 16)),
     start="random",
     w_g=0.05,
     adv_from=0.5,
@@ -154,7 +155,8 @@ def test_held_out_crops_are_the_middle_of_every_picture(tmp_path):
 
 @pytest.mark.parametrize("second", [CONFIG, replace(GAME, adv_from=0.0)], ids=["alone", "game"])
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(second, data, held_out, tmp_path):
-    loop.run(VAEStage(CONFIG, data, held_out), CONFIG, optims(CONFIG), tmp_path / "both")
+    first = replace(CONFIG, start=second.start, model=second.model)
+    loop.run(VAEStage(first, data, held_out), first, optims(first), tmp_path / "both")
     config = replace(second, init=tmp_path / "both", freeze_encoder=True)
     before = open_vae(tmp_path / "both").state_dict()
     loop.run(VAEStage(config, data, held_out), config, optims(config), tmp_path / "decoder")
