@@ -11,7 +11,7 @@ Source: SeedVR2, arXiv 2506.05301, section 3.3; what it leaves open as in APT, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,16 +24,19 @@ from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from seedvr2_core.video.geometry import LATENT_FRAMES, Grid
 
 from . import doctor, loop, losses
-from .buckets import BATCH_TOKENS, tokens
+from .buckets import BATCH_TOKENS, batch_size
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .curriculum import Phase, check_phases, phase_at
 from .discriminator import Discriminator
 from .guards import GuardConfig
-from .pretrain import NANO_DIT, cost, latent_errors, latent_previews, load_run, noised_condition
+from .journal import timed
+from .pretrain import NANO_DIT, cost, load_run, noised_condition
 from .previews import Preview
 from .randomness import key, rng, torch_rng
-from .restorer import Restorer
+from .restorer import Restorer, for_training
 from .shards import LatentBatch, Latents
 from .text import Chosen, TextConfig, Texts, refuse_bad_targets
+from .validation import latent_errors, latent_previews
 
 Half = Literal["d", "g"]
 
@@ -68,14 +71,6 @@ class DiscConfig:
     )
     # SeedVR2 keeps it: the degraded latent holds the game together.
     reset_on_phase: bool = setting(False, "start the discriminator again when clips join the images", source="APT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of the run, and how long its samples may be."""
-
-    share: float = setting(about="of the steps", least=0)
-    frames: tuple[int, ...] = setting(about="lengths of samples, 4n+1", least=1)
 
 
 # Clips grow during the stage (SeedVR2); the lengths and shares are ours.
@@ -119,6 +114,7 @@ _3B = PostTraining(
     model=SEEDVR2_3B,
     run=RunConfig(
         steps=20_000,
+        micro_batches=None,
         ema=0.9998,
         save_every=500,
         parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
@@ -153,35 +149,20 @@ RECIPES = {
 }
 
 
-def lengths_at(step: int, steps: int, curriculum: Sequence[Phase]) -> tuple[int, ...]:
-    """Frames that samples of a step may have: those of the phase that the step falls into."""
-    total, done = sum(phase.share for phase in curriculum), 0.0
-    for phase in curriculum:
-        done += phase.share
-        if step < steps * done / total:
-            return phase.frames
-    return curriculum[-1].frames
-
-
 def pairs_of(config: PostTraining, latent: Grid) -> int:
     """Pairs of a micro-batch, of latents of this size."""
-    return config.batch if config.batch_tokens is None else max(1, config.batch_tokens // tokens(latent))
+    return config.batch if config.batch_tokens is None else batch_size(latent, config.batch_tokens)
 
 
 def draw_pairs(latents: Latents, config: PostTraining, half: Half, step: int, micro: int) -> LatentBatch:
-    """Pairs for half a step, all of one shape in all its micro-batches.
-
-    Raises:
-        SettingError: there are no latents as long as the step's phase asks for.
-    """
-    frames = lengths_at(step, config.run.steps, config.curriculum)
-    lengths = [LATENT_FRAMES * (shape.t - 1) + 1 for shape in latents.shapes]
-    fit = [number for number, length in enumerate(lengths) if length in frames]
-    if not fit:
-        raise SettingError(f"The curriculum asks for {frames} frames at step {step}, and the latents have "
-                           f"{sorted(set(lengths))}; precompute others, or change curriculum.")
-    number = fit[rng(latents.seed, f"apt/{half}/kind", step).integers(len(fit))]
-    return latents.of_shape(number, pairs_of(config, latents.shapes[number]), f"apt/{half}", step, micro)
+    """Pairs for half a step, all of one shape in all its micro-batches, of a length of the step's phase."""
+    phase = phase_at(step, config.run.steps, config.curriculum)
+    fit = {number: found for number, shape in enumerate(latents.shapes) if (found := phase.lengths(shape))}
+    draw = rng(latents.seed, f"apt/{half}/kind", step)
+    number = list(fit)[draw.integers(len(fit))]
+    t = fit[number][draw.integers(len(fit[number]))]
+    size = pairs_of(config, latents.shapes[number]._replace(t=t))
+    return latents.of_shape(number, size, f"apt/{half}", step, micro).cut(t)
 
 
 @dataclass(frozen=True)
@@ -205,7 +186,8 @@ class AdversarialStage:
         """`generator` is trained in place; of `pretrained` the discriminator becomes a copy."""
         self.config, self.latents = config, latents
         torch.manual_seed(key(config.run.seed, "apt/heads"))
-        self.generator = generator.train().requires_grad_(True)
+        check_phases(config.curriculum, latents.shapes)
+        self.generator = for_training(generator)
         self.discriminator = Discriminator.of(pretrained.dit).train()
         self.prompt = pretrained.prompt.detach().clone()
         self.texts = Texts.of_run(config.text, generator, latents, config.run.seed)
@@ -214,13 +196,13 @@ class AdversarialStage:
 
     def backward(self, name: Half, step: int, micro: int, scale: float) -> dict[str, float]:
         """Add the gradient of scale x the loss of one micro-batch to module `name`; returns what is worth logging."""
-        sample = self.draw(name, step, micro)
+        sample, waited = timed(self.draw, name, step, micro)
         if name == "d":
-            return self._discriminate(sample, scale)
+            return {**self._discriminate(sample, scale), "data_seconds": waited}
         # Frozen: the gradient goes through it to the restored sample, and leaves nothing in it.
         self.discriminator.requires_grad_(False)
         try:
-            return self._generate(sample, scale)
+            return {**self._generate(sample, scale), "data_seconds": waited}
         finally:
             self.discriminator.requires_grad_(True)
 
@@ -231,8 +213,8 @@ class AdversarialStage:
 
     def restarts(self, before: int, step: int) -> bool:
         """Whether images alone were what there was until `before`, and there are clips at `step`."""
-        first, then = (lengths_at(at, self.config.run.steps, self.config.curriculum) for at in (before, step))
-        return max(first) == 1 < max(then)
+        first, then = (phase_at(at, self.config.run.steps, self.config.curriculum) for at in (before, step))
+        return first.frames == (1,) != then.frames
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         return latent_errors(module, self.latents, steps=(1,), captions=self.config.text.mode == "caption")
@@ -441,7 +423,7 @@ def main() -> None:
         print(doctor.estimate(config, workload(config)))
         return
     session = loop.open_session(command, config)
-    stage = load_stage(config, Latents(command.data, config.run.seed))
+    stage = load_stage(loop.resolved(config, session), Latents(command.data, config.run.seed))
     loop.run(stage, config, {"d": config.d, "g": config.g}, command.out, session)
 
 

@@ -2,7 +2,8 @@
 
 Samples of one shape form a bucket, and a batch comes from one bucket. A batch has a budget of tokens, not a number of
 samples, so that every step costs about the same. In each epoch every sample of a bucket comes up once, in an order that
-a Philox key (seed, epoch, bucket) decides; a second permutation interleaves the buckets.
+a Philox key (seed, epoch, bucket) decides; a second permutation interleaves the buckets. All batches of a bucket are of
+one size: the last of an epoch is filled up with samples that the epoch has had already.
 
 Nothing depends on ranks or workers: a rank takes its share of the positions of the global batch.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -28,18 +28,15 @@ ASPECTS, ASPECT_RANGE = 13, (0.42, 2.4)
 # About 97 frames of 720p, what the paper calls a batch of 100 frames.
 BATCH_TOKENS = 90_000
 
-# What becomes of the last samples of a bucket in an epoch, too few for a batch.
-Tail = Literal["keep", "drop"]
-
 
 def tokens(bucket: Grid) -> int:
     """Tokens of the transformer for one sample of latent size t h w."""
     return bucket.t * -(-bucket.h // TOKEN_SIDE) * -(-bucket.w // TOKEN_SIDE)
 
 
-def batch_size(bucket: Grid, budget: int = BATCH_TOKENS, multiple: int = 1) -> int:
-    """Samples that fit the budget of tokens, a multiple of the number of ranks, and at least one for each."""
-    return max(1, budget // tokens(bucket) // multiple) * multiple
+def batch_size(bucket: Grid, budget: int = BATCH_TOKENS, parts: int = 1) -> int:
+    """Samples of a batch of so many equal parts, each of as many as its budget of tokens holds, at least one."""
+    return max(1, budget // tokens(bucket)) * parts
 
 
 def aspect_sizes(area: int, count: int = ASPECTS) -> list[tuple[int, int]]:
@@ -69,7 +66,7 @@ class Batch:
     ids: np.ndarray  # int64, positions in the index of samples; the position in this array is the sample's slot
 
     def slots(self, rank: int, world: int) -> range:
-        """The positions that are this rank's: equal shares, the first ranks one more where it does not divide."""
+        """The positions that are this rank's: equal shares, the last ranks one more where it does not divide."""
         return range(len(self.ids) * rank // world, len(self.ids) * (rank + 1) // world)
 
 
@@ -81,7 +78,6 @@ class BatchPlan:
         members: Mapping[Grid, np.ndarray],
         sizes: Mapping[Grid, int],
         seed: int,
-        tail: Tail = "drop",
         image_share: float | None = None,
     ):
         """
@@ -89,9 +85,6 @@ class BatchPlan:
             members: the ids of each bucket.
             sizes: samples in a batch of each bucket.
             seed: of the run.
-            tail: "keep" gives a last, shorter batch of a bucket, so that every id comes up in every epoch; "drop"
-                leaves them out, other ones in each epoch, so that all batches of a bucket are of one size. A bucket
-                that never fills a batch gives its short one in both.
             image_share: share of the steps whose samples have one latent frame; images and clips then have epochs of
                 their own. None: as many as there are, in one order with the clips.
 
@@ -111,7 +104,7 @@ class BatchPlan:
             raise SettingError(f"image_share is {image_share}, but there are {len(images)} buckets of images and "
                                f"{len(clips)} of clips; precompute the other kind, or give it no share.")
         self.image_share = image_share if len(parts) > 1 else None
-        self.streams = [_Stream(name, part, sizes, seed, tail) for name, part in parts.items()]
+        self.streams = [_Stream(name, part, sizes, seed) for name, part in parts.items()]
 
     def __call__(self, step: int) -> Batch:
         if self.image_share is None:
@@ -134,23 +127,17 @@ def _share_of(share: float, steps: int) -> int:
 class _Stream:
     """Endless batches over some buckets, epoch after epoch."""
 
-    def __init__(
-        self, name: str, members: Mapping[Grid, np.ndarray], sizes: Mapping[Grid, int], seed: int, tail: Tail
-    ):
+    def __init__(self, name: str, members: Mapping[Grid, np.ndarray], sizes: Mapping[Grid, int], seed: int):
         self.name, self.seed = name, seed
         self.buckets = sorted(members)
         self.members = [np.asarray(members[bucket], dtype=np.int64) for bucket in self.buckets]
         self.sizes = [sizes[bucket] for bucket in self.buckets]
-        counts = [self._count(ids, size, tail) for ids, size in zip(self.members, self.sizes, strict=True)]
+        counts = [-(-len(ids) // size) for ids, size in zip(self.members, self.sizes, strict=True)]
         # Of every batch of an epoch, before they are interleaved: its bucket, and its place among those of its bucket.
         self.bucket_of = np.repeat(np.arange(len(counts)), counts)
         self.place_of = np.concatenate([np.arange(count) for count in counts])
         self.batches = len(self.bucket_of)
         self.epoch, self.order, self.permutations = -1, np.empty(0), {}
-
-    @staticmethod
-    def _count(ids: np.ndarray, size: int, tail: Tail) -> int:
-        return -(-len(ids) // size) if tail == "keep" else max(1, len(ids) // size)
 
     def batch(self, index: int) -> Batch:
         epoch, position = divmod(index, self.batches)
@@ -163,8 +150,8 @@ class _Stream:
         if which not in self.permutations:
             t, h, w = self.buckets[which]
             self.permutations[which] = rng(self.seed, f"order/{t}x{h}x{w}", epoch).permutation(self.members[which])
-        size = self.sizes[which]
-        return Batch(self.buckets[which], self.permutations[which][place * size : (place + 1) * size])
+        slots = np.arange(place * self.sizes[which], (place + 1) * self.sizes[which])
+        return Batch(self.buckets[which], self.permutations[which].take(slots, mode="wrap"))
 
 
 def members_of(buckets: Sequence[Grid], column: np.ndarray) -> dict[Grid, np.ndarray]:

@@ -92,7 +92,10 @@ class RunConfig:
 
     steps: int = setting(about="of the optimiser", least=1)
     seed: int = setting(0, "of every random draw", least=0, frozen=True)
-    micro_batches: int = setting(1, "of a step, over all data-parallel groups", least=1, frozen=True)
+    # None: a step costs every group the same however many there are, and the batch grows with the machine.
+    micro_batches: int | None = setting(
+        1, "of a step, over all data-parallel groups; none: one for each of them", least=1, frozen=True
+    )
     ema: float = setting(0.999, "decay of the averaged weights", least=0, most=1)
     ema_device: Literal["same", "cpu"] = setting("same", "where the averaged weights lie")
     ema_every: int = setting(1, "steps between two updates of the averaged weights", least=1)

@@ -31,11 +31,11 @@ from PIL import Image, ImageOps
 
 from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.video.geometry import to_uint8
+from seedvr2_core.video.shots import scene_cuts, split_shots
 
 from .degradation import CODEC_LEAD, Mixture, degrade, draw_profile, upsample
 from .procedural import moving_view, still
 from .randomness import key, rng
-from .shots import scene_cuts, split_shots
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ Source: SeedVR2, arXiv 2506.05301, section 3.4, after Salimans and Ho, arXiv 220
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,20 @@ from seedvr2_core.diffusion.schedule import interpolate, velocity
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
-from . import doctor, loop
+from . import doctor, loop, state
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .guards import GuardConfig, Guards
-from .pretrain import NANO_DIT, cost, draw_batch, latent_errors, latent_previews, load_run, noised_condition
+from .journal import timed
+from .pretrain import NANO_DIT, cost, draw_batch, load_run, noised_condition
 from .previews import Preview
 from .randomness import rng, torch_rng
-from .restorer import Restorer
+from .restorer import Restorer, for_training
 from .shards import Latents
 from .text import Chosen, TextConfig, Texts, refuse_bad_targets
+from .validation import latent_errors, latent_previews
+
+# Steps whose mean loss is held against that of as many before them; with `Distillation.plateau`.
+PLATEAU_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +55,11 @@ class Distillation:
     # is pulled towards the mean of all samples: more fidelity, less texture. Below 0 (and above -1) it is pushed away
     # from it, which mends samples of less texture than the data.
     w_data: float = setting(0.0, "weight of the clean latent in the last halving", least=-1)
+    plateau: float | None = setting(
+        None, "share by which the loss falls in 1000 steps, or the halving ends; none: never", least=0, most=1
+    )
     batch_tokens: int | None = setting(
-        None, "of a step, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+        None, "of a micro-batch, by plan; none: `batch` samples", source="S2", least=1, frozen=True
     )
     image_share: float | None = setting(
         None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
@@ -85,6 +94,7 @@ _3B = Distillation(
     model=SEEDVR2_3B,
     run=RunConfig(
         steps=10_000,
+        micro_batches=None,
         ema=0.9998,
         save_every=500,
         parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
@@ -92,6 +102,7 @@ _3B = Distillation(
     optim=OptimConfig(lr=1e-6, final_lr=1e-6, warmup=200, decay=0.0),
     teacher=Path("runs/pretrain"),
     cfg=7.5,
+    plateau=0.005,
     batch=1,
     batch_tokens=90_000,
     image_share=0.3,
@@ -116,6 +127,7 @@ class HalvingStage:
     """One halving: the student's step of 2/N against two steps of 1/N of the teacher."""
 
     averaged = "g"
+    looks_every = PLATEAU_STEPS
 
     def __init__(
         self, config: Distillation, latents: Latents, teacher: Restorer, steps: int, student: Restorer | None = None
@@ -127,16 +139,16 @@ class HalvingStage:
         self.config, self.latents, self.steps = config, latents, steps
         self.teacher = teacher.eval().requires_grad_(False)
         student = student or copy.deepcopy(teacher)
-        self.modules: Mapping[str, Restorer] = {"g": student.train().requires_grad_(True)}
+        self.modules: Mapping[str, Restorer] = {"g": for_training(student)}
         # Only the first teacher is guided; its student needs no guidance any more.
         first = steps == config.steps
         self.cfg = config.cfg if first else 1.0
         seed, dropout = config.run.seed + steps, config.text_dropout if first and config.text_dropout else None
         self.texts = Texts.of_run(config.text, student, latents, seed, dropout)
 
-    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float | None]:
         student = self.modules[name]
-        x, condition, u, to_clean, texts = self.draw(step, micro, student.device)
+        (x, condition, u, to_clean, texts), waited = timed(self.draw, step, micro, student.device)
         opposed = self.texts.opposed(len(x))
         target = two_steps(self.teacher, x, condition, u, 1 / self.steps, self.cfg, texts, opposed)
         predicted = texts.velocity(student, x, condition, u)
@@ -151,9 +163,9 @@ class HalvingStage:
             "to_teacher": to_teacher.item(),
             "to_data": to_data.item(),
             # The first step of sampling has the largest error, and in the last halvings shows first whether it learns.
-            "late": _mean_where(errors, u > 0.5),
-            "early": _mean_where(errors, u <= 0.5),
+            **errors_by_time(errors.detach(), u, self.steps // 2),
             "frames": x.shape[2],
+            "data_seconds": waited,
             **cost(x),
         }
 
@@ -169,6 +181,13 @@ class HalvingStage:
         x = interpolate(hq, noise, u.view(-1, 1, 1, 1, 1))
         return *(tensor.to(device) for tensor in (x, condition, u, velocity(hq, noise))), texts
 
+    def ends(self, losses: Sequence[float]) -> bool:
+        """Whether the loss has hardly fallen: its mean of the last steps, by that of as many before."""
+        if self.config.plateau is None or len(losses) < 2 * PLATEAU_STEPS:
+            return False
+        before, now = fmean(losses[-2 * PLATEAU_STEPS : -PLATEAU_STEPS]), fmean(losses[-PLATEAU_STEPS:])
+        return now > before - self.config.plateau * abs(before)
+
     def validate(self, module: nn.Module) -> dict[str, float]:
         steps = max(1, self.steps // 2), 1
         return latent_errors(module, self.latents, steps, captions=self.config.text.mode == "caption")
@@ -178,9 +197,16 @@ class HalvingStage:
         return latent_previews(module, self.latents, steps, captions=self.config.text.mode == "caption")
 
 
-def _mean_where(errors: Tensor, chosen: Tensor) -> float:
-    """Mean over the chosen samples; 0 where there is none."""
-    return (errors.detach() * chosen).sum().item() / max(1, int(chosen.sum()))
+def errors_by_time(errors: Tensor, u: Tensor, steps: int) -> dict[str, float | None]:
+    """Mean error by "at_U", for every time U at which a student of so many steps is asked; None: no sample is there.
+
+    Args:
+        errors: b, of samples.
+        u: b, their times.
+    """
+    errors, u = errors.cpu(), u.cpu()
+    chosen = {i / steps: errors[u == i / steps] for i in range(1, steps + 1)}
+    return {f"at_{time:g}": found.mean().item() if len(found) else None for time, found in chosen.items()}
 
 
 @torch.no_grad()
@@ -211,6 +237,43 @@ def two_steps(
     return 0.5 * (first + velocity(x - delta * first, u - delta))
 
 
+def ways_on(resume: str, folders: Sequence[Path], steps: int) -> list[str]:
+    """`Session.resume` of every halving, when `resume` is that of the command.
+
+    A checkpoint is of one halving: of the one in whose directory it lies, else of the first that is not finished. The
+    others go on from what they have.
+
+    Args:
+        folders: run directories of the halvings, in their order.
+        steps: of one halving.
+
+    Raises:
+        SettingError: there is no halving left that could begin at the checkpoint; or none is to be used, and there is
+            one.
+    """
+    if resume == "auto":
+        return ["auto"] * len(folders)
+    if resume == "none":
+        for folder in folders:
+            if found := state.newest_meta(folder):
+                raise SettingError(
+                    f"{folder} holds a checkpoint of step {found['step']}, and --resume none begins every halving "
+                    "anew. Choose another --out, or move it away first."
+                )
+        return ["none"] * len(folders)
+    path = Path(resume).resolve()
+    inside = [folder for folder in folders if path.is_relative_to(folder.resolve())]
+    metas = [(folder, state.newest_meta(folder)) for folder in folders]
+    unfinished = [folder for folder, meta in metas if meta.get("step", 0) < steps and not meta.get("ended")]
+    if not inside and not unfinished:
+        raise SettingError(
+            f"All halvings are finished, and none is left to begin at {resume}. Leave --resume out, or choose another "
+            "--out."
+        )
+    own = (inside or unfinished)[0]
+    return [resume if folder == own else "auto" for folder in folders]
+
+
 def main() -> None:
     command = parse_command("distill", RECIPES)
     config: Distillation = command.config
@@ -219,18 +282,22 @@ def main() -> None:
         return
     session = loop.open_session(command, config)
     latents = Latents(command.data, config.run.seed)
-    steps, taught = config.steps, None
-    while steps > 1:
+    halvings = [config.steps >> i for i in range(config.steps.bit_length() - 1)]
+    folders = [command.out / f"{steps // 2:02d}" for steps in halvings]
+    # Before the first is begun: what is refused would else be after days. And as the first process finds it: others
+    # may see its files later.
+    ways = session.processes.agree(ways_on(command.resume, folders, config.run.steps))
+    taught = None
+    for steps, folder, way in zip(halvings, folders, ways, strict=True):
         teacher = load_run(taught or config.teacher, config.model if taught else config.teacher_model or config.model)
         starts_at = taught or config.student
         student = load_run(starts_at, config.model) if starts_at else None
-        stage = HalvingStage(config, latents, teacher, steps, student)
+        stage = HalvingStage(loop.resolved(config, session), latents, teacher, steps, student)
         session.processes.place(teacher, train=False)
-        taught = command.out / f"{steps // 2:02d}"
-        loop.run(stage, config, {"g": config.optim}, taught, session)
         # What one halving got used to says nothing about the next.
-        session = replace(session, guards=Guards(config.guard))
-        steps //= 2
+        session = replace(session, resume=way, guards=Guards(config.guard))
+        loop.run(stage, config, {"g": config.optim}, folder, session)
+        taught = folder
 
 
 if __name__ == "__main__":

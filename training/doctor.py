@@ -15,7 +15,7 @@ import argparse
 import ctypes
 import gc
 import importlib
-import resource
+import os
 import sys
 import tempfile
 import weakref
@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from seedvr2_core.device import free_bytes
 from seedvr2_core.models.dit import Block
 
-from .config import OptimConfig, parse_command, run_main, to_yaml
+from .config import OptimConfig, ParallelConfig, parse_command, run_main, to_yaml
 from .journal import METRICS, read
-from .parallel import Arranged, Layers
+from .parallel import WORLD, Arranged, Layers, Processes, weight_parts
 from .restorer import Restorer
 
 GIB = 2**30
@@ -48,6 +48,8 @@ STATUS = Path("/proc/self/status")
 MMAP_THRESHOLD, OWN_MAPPING = -3, 1 << 16
 # Bytes of optimiser state a parameter, in fp32.
 OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
+# Where a stage takes more than this in each process, the estimate says what it takes on a machine of so many cards.
+CARD_BYTES, CARDS = 80 * 2**30, 8
 # A backward pass does twice the operations of the forward pass; with recomputation the forward pass runs once more.
 BACKWARD = 2
 # Latent t h w that a restorer is costed on: the 192 x 192 pictures of nano. Others are given in its place.
@@ -81,6 +83,7 @@ class Cost:
     peak: int  # most that a step takes beside weights, optimiser and averages: activations, gradients, temporaries
     flops: int
     samples: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
@@ -127,12 +130,67 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What one micro-batch asks for, counted once for any number of processes."""
+
+    flops: int
+    halves: Sequence[Followed]
+
+
+def processes_of(parallel: ParallelConfig) -> int:
+    """As many as torchrun says there are, else as few as there can be.
+
+    Raises:
+        SettingError: they cannot share a run in this way.
+    """
+    world = int(os.environ.get(WORLD, parallel.replicate * (parallel.shard or 1) * parallel.sp))
+    weight_parts(parallel, world)
+    return world
+
+
 def measure(config: Any, workload: Workload) -> Cost:
-    """Count everything about one micro-batch and one process."""
+    """Count everything about one micro-batch and one process; raises as `costs`."""
+    return costs(config, workload)[0]
+
+
+def costs(config: Any, workload: Workload) -> list[Cost]:
+    """For the processes that there are, and where that is too much for a card, for a machine of several.
+
+    Raises:
+        SettingError: they cannot share the run as its config says.
+    """
+    parallel = config.run.parallel
+    world = processes_of(parallel)
+    micros = Processes(world=world, config=parallel).micros(config.run.micro_batches)
+    counted = passes(workload, parallel.activation_checkpoint, accumulates=len(micros) > 1)
+    cost = share(config, workload, counted, world)
+    fits = parallel.shard is None and CARDS % (parallel.replicate * parallel.sp) == 0
+    if cost.total <= CARD_BYTES or world >= CARDS or not fits:
+        return [cost]
+    return [cost, share(config, workload, counted, CARDS)]
+
+
+def passes(workload: Workload, recompute: bool, accumulates: bool) -> Passes:
+    """Make the passes of one micro-batch, or of two that add up their gradients, without values."""
+    arrange(workload, Layers(recompute=recompute))
+    with FlopCounterMode(display=False) as counter:
+        workload.forward()
+        once = counter.get_total_flops()
+        with torch.no_grad():
+            workload.assists()
+        assists = counter.get_total_flops() - once
+    modules = modules_of(workload)
+    halves = [followed(workload.forward, modules, accumulates)]
+    halves += [followed(forward, modules, accumulates, frozen) for forward, frozen in workload.others]
+    return Passes(once * (1 + BACKWARD + recompute) + assists, halves)
+
+
+def share(config: Any, workload: Workload, counted: Passes, processes: int) -> Cost:
+    """What each of so many processes has of it."""
     parallel = config.run.parallel
     trained = list(workload.trained.values())
-    arrange(workload, Layers(recompute=parallel.activation_checkpoint))
-    shards = (parallel.shard or 1) * parallel.sp
+    shards = weight_parts(parallel, processes)
     half = parallel.precision == "bf16"
     learning = {name: count(module, learns=True) for name, (module, _) in workload.trained.items()}
     states = sum(4 * count(module) for module, _ in trained)
@@ -140,20 +198,10 @@ def measure(config: Any, workload: Workload) -> Cost:
     if config.run.ema_device == "same":
         states += 4 * list(learning.values())[-1]
     helpers = sum(stored_bytes(module, half) for module in workload.helpers.values())
-    with FlopCounterMode(display=False) as counter:
-        workload.forward()
-        once = counter.get_total_flops()
-        with torch.no_grad():
-            workload.assists()
-        assists = counter.get_total_flops() - once
     scale = (0.5 if half else 1.0) / parallel.sp
-    modules = [*(module for module, _ in trained), *workload.helpers.values()]
-    accumulates = config.run.micro_batches > 1
-    halves = [followed(workload.forward, modules, accumulates)]
-    halves += [followed(forward, modules, accumulates, frozen) for forward, frozen in workload.others]
-    peak = max(followed_half.peak(scale, 1 / shards) for followed_half in halves)
+    peak = max(half_step.peak(scale, 1 / shards) for half_step in counted.halves)
     if half or shards > 1:
-        peak += layer_bytes(modules) // (2 if half else 1)
+        peak += layer_bytes(modules_of(workload)) // (2 if half else 1)
     return Cost(
         parameters={
             **{name: count(module) for name, (module, _) in workload.trained.items()},
@@ -162,11 +210,16 @@ def measure(config: Any, workload: Workload) -> Cost:
         states=states // shards,
         gradients=4 * sum(learning.values()) // shards,
         helpers=helpers // shards,
-        activations=int(halves[0].kept * scale),
+        activations=int(counted.halves[0].kept * scale),
         peak=int(peak),
-        flops=once * (1 + BACKWARD + parallel.activation_checkpoint) + assists,
+        flops=counted.flops,
         samples=workload.samples,
+        processes=processes,
     )
+
+
+def modules_of(workload: Workload) -> list[nn.Module]:
+    return [*(module for module, _ in workload.trained.values()), *workload.helpers.values()]
 
 
 def arrange(workload: Workload, layers: Layers) -> None:
@@ -295,15 +348,16 @@ def followed(
 
 
 def estimate(config: Any, workload: Workload) -> str:
-    """The config, and its cost in words."""
-    return f"{to_yaml(config)}\n{in_words(measure(config, workload))}"
+    """The config, and its cost in words; raises as `costs`."""
+    return f"{to_yaml(config)}\n{in_words(*costs(config, workload))}"
 
 
-def in_words(cost: Cost) -> str:
+def in_words(cost: Cost, *others: Cost) -> str:
+    """A cost, and of others of the same what each process takes."""
     lines = ["parameters"]
     lines += [f"  {name:<10} {number / 1e6:10.2f} M" for name, number in cost.parameters.items()]
     lines += [
-        "memory of one process",
+        f"memory of {'one process' if cost.processes == 1 else f'each of {cost.processes} processes'}",
         f"  states      {cost.states / GIB:9.3f} GiB   weights, gradients, optimiser, averages",
         f"  helpers     {cost.helpers / GIB:9.3f} GiB",
         f"  activations {cost.activations / GIB:9.3f} GiB   of {cost.samples} samples",
@@ -312,6 +366,7 @@ def in_words(cost: Cost) -> str:
         "operations of one micro-batch",
         f"  {cost.flops / 1e12:.4f} TFLOP; {cost.samples / (cost.flops / 400e12):.1f} samples/s at 400 TFLOP/s",
     ]
+    lines += [f"{other.processes} processes: {other.total / GIB:.1f} GiB each" for other in others]
     return "\n".join(lines)
 
 
@@ -334,9 +389,9 @@ def main() -> None:
     stage = importlib.import_module(f"training.{args.stage}")
     command = parse_command(args.stage, stage.RECIPES, [*args.rest, "--dry-run"])
     torch.set_num_threads(command.threads)
-    cost = measure(command.config, workload_of(args.stage, command.config))
+    cost, *others = costs(command.config, workload_of(args.stage, command.config))
     print(to_yaml(command.config))
-    print(in_words(cost))
+    print(in_words(cost, *others))
     give_back_at_once()
     free = free_bytes(torch.device("cpu"))
     if cost.total > 0.8 * free:
@@ -362,7 +417,7 @@ def fake_steps(name: str, config: Any) -> FakeSteps:
 
     run = replace(config.run, steps=2, validate_every=2, preview_every=None, async_save=False, tensorboard=False)
     run = replace(run, parallel=replace(run.parallel, precision="fp32"), judge=None)
-    config = replace(config, run=run)
+    config = loop.resolved(replace(config, run=run), loop.Session())
     with tempfile.TemporaryDirectory() as folder:
         make = _fake_stage(name, config, Path(folder))
         before = new_peak()
@@ -431,10 +486,14 @@ def give_back_at_once() -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, since `new_peak` where the system can tell."""
+    """The most memory this process has held, since `new_peak` where the system can tell; 0 on Windows."""
     if STATUS.exists():
         (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

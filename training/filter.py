@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
+from seedvr2_core.video.shots import scene_cuts, thumbnail
 
 from .config import check, describe, override, setting
 from .data import (
@@ -44,7 +45,6 @@ from .data import (
     list_sources,
     source_name,
 )
-from .shots import scene_cuts, thumbnail
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def measure(frames: Iterator[np.ndarray], kind: Kind) -> Seen:
             close.append((blockiness(luma), noise(luma)))
     if size is None:
         raise MediaError("There is no frame in it. Replace it or leave it out.")
-    cuts = scene_cuts(thumbnails) if kind == "clip" else []
+    cuts = scene_cuts(small.round().astype(np.uint8) for small in thumbnails) if kind == "clip" else []
     within = [change for number, change in enumerate(changes, 1) if number not in cuts]
     blocks, grain = np.median(close, axis=0)
     return Seen(

@@ -5,6 +5,10 @@ was never stopped. A guard sees the scalars it knows by name and is silent about
 
     loss, ..._loss, ..._grad_norm    of any stage
     d_adv gap accuracy ar1 ar2 penalty_ratio std_ratio_min std_ratio_max high_frequency_ratio    of training.apt
+    condition_effect                 of a validation, see `training.validation`
+
+The ratios of training.apt are of latents, which nothing decodes while it trains: pictures that are over-sharpened where
+their latents are not go unnoticed here, and show in previews. Those of training.vae are of pixels.
 """
 
 from __future__ import annotations
@@ -58,6 +62,8 @@ class GuardConfig:
     penalty_ratio: float = setting(5.0, "weighted penalties over adversarial loss", least=0)
     spread: tuple[float, float] = setting((0.5, 1.5), "restored over real spread that a channel may have", least=0)
     sharpness: float = setting(1.5, "restored over real energy of fine detail", least=0)
+    # 1.1 for nano, 0.75 for its degraded latents as they are, and exactly 0 before the first step.
+    condition_effect: float = setting(0.05, "change by another's condition, in spreads: below, it is ignored", least=0)
     worse: float = setting(0.2, "share by which validation is worse than its best", least=0)
     worse_checks: int = setting(5, "validations in a row that are so before the run stops", least=1)
     rollback: RollbackConfig = RollbackConfig()
@@ -138,6 +144,15 @@ class Guards:
             f"now {value:.4g}; go back to the best checkpoint and lower the learning rate.",
             exit_code=DIVERGED,
         )
+
+    def check_results(self, results: Mapping[str, float]) -> Verdict:
+        """The same for what a validation found, besides being better or worse."""
+        effect = results.get("condition_effect", math.inf)
+        if not effect < self.config.condition_effect:
+            return Verdict()
+        return _alert(f"The condition of another sample changes what is restored by {effect:.2g} of the spread of real "
+                      "ones: the model ignores its condition. Early in a run it may; else check that the latents of a "
+                      "pair belong together, and condition_noise.")
 
     def state_dict(self) -> dict[str, Any]:
         """The memory as plain dicts, lists and numbers."""

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 log = logging.getLogger(__name__)
 
-METRICS, VALIDATION, ALERTS = "metrics.jsonl", "validation.jsonl", "alerts.jsonl"
+METRICS, VALIDATION, ALERTS, HEARTBEATS = "metrics.jsonl", "validation.jsonl", "alerts.jsonl", "heartbeats"
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Journal:
@@ -108,6 +113,24 @@ class Journal:
         except (OSError, RuntimeError, ValueError) as error:
             log.warning("TensorBoard is written no longer: %s", error)
             self.events = None
+
+
+def beat(directory: Path, rank: int, step: int) -> None:
+    """Leave a sign of life of one process among many: where all wait for one that hangs, its file is the oldest."""
+    try:
+        (directory / HEARTBEATS).mkdir(exist_ok=True)
+        (directory / HEARTBEATS / f"{rank:05d}.json").write_text(
+            json.dumps({"step": step, "host": socket.gethostname(), "pid": os.getpid()}), "utf-8"
+        )
+    except OSError as error:
+        log.debug("Process %d leaves no heartbeat: %s", rank, error)
+
+
+def timed(call: Callable[P, T], *args: P.args, **options: P.kwargs) -> tuple[T, float]:
+    """What a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    result = call(*args, **options)
+    return result, time.perf_counter() - start
 
 
 def trim(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -29,11 +29,11 @@ from seedvr2_core.errors import CheckpointError, SettingError
 
 from . import config as configs
 from . import state
-from .config import Command, OptimConfig, RunConfig
+from .config import Command, Config, OptimConfig, RunConfig
 from .ema import EMA, local
 from .env import describe_environment
 from .guards import Guards, Verdict
-from .journal import Journal
+from .journal import METRICS, Journal, beat, read
 from .parallel import Processes, connect, local_device, reshard, set_last_micro
 from .previews import Preview, write_previews
 
@@ -50,7 +50,7 @@ class Stage(Protocol):
     modules: Mapping[str, nn.Module]
     averaged: str  # name of the module whose average is kept
 
-    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
+    def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float | None]:
         """Add the gradient of `scale` times the loss of one micro-batch to module `name`.
 
         Args:
@@ -63,8 +63,8 @@ class Stage(Protocol):
 
         Returns:
             what is worth logging. "samples", "tokens" and "data_seconds" (spent waiting) add up, of all else the mean
-            is taken. Where several modules are trained their names differ. {}: there is no gradient, and the module
-            stays as it is.
+            is taken, or of those that are not None. The names are the same in every micro-batch; where several modules
+            are trained theirs differ. {}: there is no gradient, and the module stays as it is.
         """
 
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -82,6 +82,16 @@ class Restarting(Protocol):
 
     def restarts(self, before: int, step: int) -> bool:
         """Whether they do so after step `before` and before step `step`, which follows it; both as in `backward`."""
+
+
+@runtime_checkable
+class Ending(Protocol):
+    """A stage that may come as far as it gets before its last step."""
+
+    looks_every: int  # steps
+
+    def ends(self, losses: Sequence[float]) -> bool:
+        """Whether a run with these losses, one a step so far, is to end here."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,15 @@ def open_session(command: Command, config: Any) -> Session:
     )
 
 
+def resolved(config: Config, session: Session) -> Config:
+    """A stage's config with what the number of processes says about it, as the stage is to read it.
+
+    The run is recorded by the config as it was before: it may go on in another number of processes.
+    """
+    micro_batches = session.processes.total_micros(config.run.micro_batches)
+    return replace(config, run=replace(config.run, micro_batches=micro_batches))
+
+
 class Preempted(SystemExit):
     """The run was asked to stop, has saved its state, and will go on from there. Exit code 0."""
 
@@ -192,7 +211,7 @@ def run(
 
     Args:
         stage: its modules are moved to the device and sharded here.
-        config: of the stage; `config.run` is for the loop, the rest is only recorded.
+        config: of the stage, before `resolved`; `config.run` is for the loop, the rest is only recorded.
         optims: of every module of the stage.
         directory: of the run; what is found there is continued, unless the session says otherwise.
         session: how this call goes about it.
@@ -212,7 +231,7 @@ class Trainer:
 
     def __init__(self, stage: Stage, config: Any, optims: Mapping[str, OptimConfig], directory: Path, session: Session):
         self.stage, self.directory, self.session = stage, directory, session
-        self.config: RunConfig = config.run
+        self.config: RunConfig = resolved(config, session).run
         self.optims, self.processes = optims, session.processes
         self.micros = self.processes.micros(self.config.micro_batches)
         for module in stage.modules.values():
@@ -226,6 +245,7 @@ class Trainer:
         restarted = stage.restarted if isinstance(stage, Restarting) else ()
         self.starts = {name: [own.cpu().clone() for own in weights(stage.modules[name])] for name in restarted}
         self.rollbacks: list[Rollback] = []
+        self.ended = False  # before the last step, by the stage
         self.hash = configs.config_hash(config)
         self.first = self._begin(config)
 
@@ -240,7 +260,7 @@ class Trainer:
         )
         step = self.first
         with Journal(writes, step, config.tensorboard) as self.journal, asked_to_stop() as asked, progress:
-            while step < last:
+            while step < last and not self.ended:
                 try:
                     row = self._step(step)
                     done = step + 1
@@ -249,12 +269,13 @@ class Trainer:
                     hours = (time.monotonic() - started) / 3600
                     over = asked.is_set or (config.max_hours is not None and hours >= config.max_hours)
                     # Any process may have been asked; all of them stop after the same step.
-                    over = max(self.processes.mean([float(over)])) > 0 or done == last
+                    self.ended = self._ends(done)
+                    over = max(self.processes.mean([float(over)])) > 0 or done == last or self.ended
                     self._after(done, over)
                 except Stopped as stopped:
                     step = self._roll_back(step, stopped)
                     continue
-                if over and done < config.steps:
+                if over and done < config.steps and not self.ended:
                     log.info("Stopped after step %d; the same command goes on from there.", done)
                     raise Preempted
                 step = done
@@ -267,11 +288,13 @@ class Trainer:
     def _step(self, step: int) -> dict[str, float]:
         start = time.perf_counter()
         row: dict[str, float] = {"step": step}
+        added: dict[str, float] = {}
+        if self.processes.world > 1:
+            beat(self.directory, self.processes.rank, step)
         if self.starts and step > 0 and self.stage.restarts(self._place(step - 1), self._place(step)):
             self._restart(step)
         for name, module in self.stage.modules.items():
             turns = 1 + (self.session.guards.extra_turns if name == self.stage.averaged else 0)
-            added: dict[str, float] = {}
             for turn in range(turns):
                 scalars = self._update(name, module, step, turn)
                 added |= {unit: added.get(unit, 0) + scalars[unit] for unit in ADD_UP if unit in scalars}
@@ -283,6 +306,9 @@ class Trainer:
         for unit in ("samples", "tokens"):
             if unit in row:
                 row[f"{unit}_per_second"] = round(row.pop(unit) / seconds, 2)
+        if "data_seconds" in row:
+            # Of one process, as are the seconds of a step.
+            row["data_seconds"] = round(row["data_seconds"] * len(self.micros) / self.config.micro_batches, 4)
         if (step + 1) % self.config.log_norms_every == 0:
             row |= self._norms()
         if self.processes.device.type == "cuda":
@@ -374,10 +400,12 @@ class Trainer:
 
     def _means(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Scalars of a step from those of its micro-batches in all processes."""
-        names = sorted(rows[0])
-        local_means = [sum(row[name] for row in rows) / len(rows) for name in names]
-        means = dict(zip(names, self.processes.mean(local_means), strict=True))
-        return {name: means[name] * (self.config.micro_batches if name in ADD_UP else 1) for name in rows[0]}
+        names = list(rows[0])
+        found = [[row[name] for row in rows if row[name] is not None] for name in names]
+        both = self.processes.mean([*map(sum, found), *map(len, found)])
+        sums_and_counts = zip(names, both[: len(names)], both[len(names) :], strict=True)
+        means = {name: total / count for name, total, count in sums_and_counts if count}
+        return {name: mean * (self.config.micro_batches if name in ADD_UP else 1) for name, mean in means.items()}
 
     def _norms(self) -> dict[str, float]:
         squares = [
@@ -391,13 +419,23 @@ class Trainer:
 
     # Between steps.
 
+    def _ends(self, done: int) -> bool:
+        """Whether the stage ends the run after `done` steps, the same for all processes."""
+        if not isinstance(self.stage, Ending) or done % self.stage.looks_every:
+            return False
+        rows = read(self.directory / METRICS) if self.processes.first else []
+        ends = self.processes.agree(self.stage.ends([row["loss"] for row in rows]))
+        if ends:
+            log.info("Ended after step %d: the loss does not get lower.", done)
+        return ends
+
     def _after(self, done: int, over: bool) -> None:
         """Show, validate and save what is due after `done` steps; `over`: there will be no other in this call.
 
         A checkpoint comes last: a run that is killed before it is whole does all of this again, and one that is killed
         after it has lost nothing.
         """
-        config, last = self.config, done == self.config.steps
+        config, last = self.config, done == self.config.steps or self.ended
         validates = last or done % config.validate_every == 0
         shows = config.preview_every is not None and (last or done % config.preview_every == 0)
         if validates or shows:
@@ -428,6 +466,7 @@ class Trainer:
                 self.journal.alert(done, f"The previews could not be saved ({error}).")
         if results:
             self.journal.validation({"step": done, **results})
+            self._obey(done, self.session.guards.check_results(results), results)
             if judge := self.config.judge:
                 value = -results[judge[1:]] if judge.startswith("-") else results[judge]
                 self._obey(done, self.session.guards.check_validation(done, value), results)
@@ -437,7 +476,8 @@ class Trainer:
         meta = {
             "config_hash": self.hash,
             "ema_updates": self.ema.updates,
-            "preempted": wait and done < self.config.steps,
+            "preempted": wait and done < self.config.steps and not self.ended,
+            "ended": self.ended,
             "guards": self.session.guards.state_dict(),
             **self._history(),
         }
@@ -502,8 +542,9 @@ class Trainer:
         state.restore_generators(path, self.processes.rank)
         self.ema.updates = meta["ema_updates"]
         self.session.guards.load_state_dict(meta["guards"])
-        # Checkpoints of older runs do not know of it.
+        # Checkpoints of older runs do not know of these.
         self.rollbacks = [Rollback(*back) for back in meta.get("rollbacks", ())]
+        self.ended = meta.get("ended", False)
         log.info("Continuing %s at step %d.", self.directory, meta["step"])
         return meta["step"]
 
@@ -537,7 +578,9 @@ def asked_to_stop() -> Iterator[Flag]:
     def set_flag(number: int, frame: FrameType | None) -> None:
         flag.is_set = True
 
-    before = {number: signal.signal(number, set_flag) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # Windows has no SIGUSR1.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, set_flag) for number in numbers}
     try:
         yield flag
     finally:

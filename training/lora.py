@@ -35,16 +35,9 @@ from seedvr2_core.models.linear import Activation, Linear, finish, from_fp8, to_
 
 from . import config as configs
 from . import doctor, loop
-from .apt import (
-    CURRICULUM,
-    AdversarialStage,
-    DiscConfig,
-    LossConfig,
-    Phase,
-    PostTraining,
-    adversarial_workload,
-)
+from .apt import CURRICULUM, AdversarialStage, DiscConfig, LossConfig, PostTraining, adversarial_workload
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .curriculum import Phase, check_phases
 from .discriminator import Discriminator, Readout, tap_blocks
 from .guards import GuardConfig
 from .parallel import Arranged
@@ -85,12 +78,12 @@ class LoraTraining:
 
     init: str = setting(about="what is adapted: run, checkpoint or published name")
     model: DiTConfig = SEEDVR2_3B
-    objective: Objective = setting("flow", "flow matching, or adversarial post-training of a one-step base")
+    objective: Objective = setting("apt", "adversarial post-training of a one-step base, or flow matching of another")
     lora: LoraConfig = LoraConfig()
     run: RunConfig
     g: OptimConfig
     d: OptimConfig | None = None  # of the discriminator's adapters and readout
-    guard: GuardConfig = GuardConfig()
+    guard: GuardConfig = GuardConfig(on_spike="alert")
     batch: int = setting(1, "samples of a micro-batch", least=1, frozen=True)
     text: TextConfig = TextConfig()
     text_dropout: float = setting(0.1, "flow matching: share of samples with the null prompt", least=0, most=1)
@@ -98,48 +91,50 @@ class LoraTraining:
     pure_noise: float = setting(0.0, "flow matching: share of samples at pure noise", least=0, most=1)
     loss: LossConfig = LossConfig()
     disc: DiscConfig = DiscConfig(backward="replay")
-    curriculum: tuple[Phase, ...] = CURRICULUM
+    curriculum: tuple[Phase, ...] = setting(CURRICULUM, "adversarial: how samples grow", source="S2")
 
     def __post_init__(self) -> None:
         if self.objective == "apt":
             refuse_bad_targets(self.text)
 
 
-_FLOW = LoraTraining(
-    init="3b",
-    model=SEEDVR2_3B,
-    run=RunConfig(
-        steps=5000, micro_batches=8, ema=0.999, save_every=250, parallel=ParallelConfig(activation_checkpoint=True)
-    ),
-    g=OptimConfig(lr=1e-4, final_lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
-    # The published 3B and 7B take one step from pure noise; keep them at that while they learn new content.
-    pure_noise=0.5,
-)
+_RUN = RunConfig(
+    steps=2000, micro_batches=8, ema=0.995, save_every=250, keep_averaged_every=1000,
+    parallel=ParallelConfig(activation_checkpoint=True),
+)  # fmt: skip
 _GAN = OptimConfig(lr=2e-5, final_lr=2e-5, betas=(0.0, 0.99), weight_decay=0.0)
-_APT = replace(_FLOW, objective="apt", g=_GAN, d=_GAN, run=replace(_FLOW.run, steps=2000, ema=0.995))
 _SHORT = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 17)))
 _MIDDLE = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 21)))
-_7B = {"init": "7b", "model": SEEDVR2_7B}
-_SMALL_RUN = RunConfig(steps=400, seed=6, ema=0.99, save_every=100, validate_every=200)
+# The published 3B and 7B take one step, and stay sharp in it only if what they learn from is adversarial.
+_3B = LoraTraining(init="3b", model=SEEDVR2_3B, run=_RUN, g=_GAN, d=_GAN, curriculum=_MIDDLE)
+_7B = replace(_3B, init="7b", model=SEEDVR2_7B)
+# For a base of many steps, one's own or SeedVR's. It would make the one step of a distilled base the mean of all
+# answers: blurred.
+_FLOW = replace(
+    _3B,
+    init="runs/pretrain",
+    objective="flow",
+    run=replace(_RUN, steps=5000, ema=0.999),
+    g=OptimConfig(lr=1e-4, final_lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
+    d=None,
+    guard=GuardConfig(),
+)
+_NANO = {"model": NANO_DIT, "run": RunConfig(steps=400, seed=6, ema=0.99, save_every=100, validate_every=200),
+         "lora": LoraConfig(rank=8, base="fp32"), "condition_noise": 0.1}  # fmt: skip
 RECIPES = {
-    "3b_lora_24gb": _FLOW,
-    "3b_lora_48gb": replace(_FLOW, lora=LoraConfig(rank=64)),
-    "7b_lora_24gb": replace(_FLOW, **_7B, lora=LoraConfig(base="fp8")),
-    "7b_lora_48gb": replace(_FLOW, **_7B),
-    "7b_lora_80gb": replace(_FLOW, **_7B, lora=LoraConfig(rank=64)),
-    "3b_lora_apt_24gb": replace(_APT, curriculum=_SHORT),
-    "3b_lora_apt_48gb": _APT,
-    "7b_lora_apt_48gb": replace(_APT, **_7B, curriculum=_MIDDLE),
-    "7b_lora_apt_80gb": replace(_APT, **_7B),
+    "3b_lora_24gb": replace(_3B, curriculum=_SHORT),
+    "3b_lora_48gb": replace(_3B, lora=LoraConfig(rank=64)),
+    "7b_lora_24gb": replace(_7B, lora=LoraConfig(base="fp8"), curriculum=_SHORT),
+    "7b_lora_48gb": _7B,
+    "7b_lora_80gb": replace(_7B, lora=LoraConfig(rank=64)),
+    "3b_lora_flow_24gb": _FLOW,
+    "7b_lora_flow_24gb": replace(_FLOW, model=SEEDVR2_7B, lora=LoraConfig(base="fp8")),
+    "7b_lora_flow_48gb": replace(_FLOW, model=SEEDVR2_7B),
     "nano": replace(
-        _FLOW, init="nano", model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
-        g=replace(_FLOW.g, lr=5e-4, final_lr=5e-5), batch=16, condition_noise=0.1,
+        _3B, **_NANO, init="nano", batch=8, disc=DiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),)
     ),
-    "nano_apt": replace(
-        _APT, init="nano", model=NANO_DIT, run=_SMALL_RUN, lora=LoraConfig(rank=8, base="fp32"),
-        batch=8, condition_noise=0.1, disc=DiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),),
-    ),
-}  # fmt: skip
+    "nano_flow": replace(_FLOW, **_NANO, g=replace(_FLOW.g, lr=5e-4, final_lr=5e-5), batch=16),
+}
 
 
 class Adapter(nn.Module):
@@ -379,6 +374,7 @@ class AdaptedAdversarialStage(AdversarialStage):
 
     def __init__(self, config: LoraTraining, latents: Latents, base: Base):
         self.config, self.latents = post_training(config), latents
+        check_phases(self.config.curriculum, latents.shapes)
         torch.manual_seed(key(config.run.seed, "lora/adapters"))
         self.generator = AdaptedRestorer(base, config.lora)
         self.discriminator = AdaptedDiscriminator(base, config.lora)
@@ -391,7 +387,7 @@ def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> Pretrai
     """Flow matching of one set of adapters."""
     torch.manual_seed(key(config.run.seed, "lora/adapters"))
     as_pretraining = Pretraining(
-        model=config.model, run=config.run, optim=config.g, guard=config.guard, batch=config.batch,
+        init=config.init, model=config.model, run=config.run, optim=config.g, guard=config.guard, batch=config.batch,
         text=config.text, text_dropout=config.text_dropout, condition_noise=config.condition_noise,
         pure_noise=config.pure_noise,
     )  # fmt: skip
@@ -510,10 +506,10 @@ def main() -> None:
     base = Base(open_restorer(config.init, DTYPES[config.lora.base]), config.lora.base).to(session.processes.device)
     latents = Latents(command.data, config.run.seed)
     if config.objective == "apt":
-        stage = AdaptedAdversarialStage(config, latents, base)
+        stage = AdaptedAdversarialStage(loop.resolved(config, session), latents, base)
         optims = {"d": config.d or config.g, "g": config.g}
     else:
-        stage, optims = flow_matching(config, latents, base), {"g": config.g}
+        stage, optims = flow_matching(loop.resolved(config, session), latents, base), {"g": config.g}
     adapted = loop.run(stage, config, optims, command.out, session)
     if session.processes.first:
         save_adapters(command.out / "adapter", adapted.adapters, config.lora, config.init)

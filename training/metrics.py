@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seedvr2_core.errors import SettingError
+from seedvr2_core.video.color import rgb_to_lab
 from seedvr2_core.video.geometry import to_uint8
 
 from .degradation import luma
@@ -145,7 +146,7 @@ def temporal_profile(pred: Tensor, gt: Tensor) -> float:
     if len(gt) < 2:
         raise SettingError("The temporal profile needs at least 2 frames, got 1; leave it out for images.")
     rows = [gt.shape[-2] * quarter // 4 for quarter in (1, 2, 3)]
-    changes = [_lab(_codes(frames[:, :, rows]) / 255).diff(dim=0) for frames in (pred, gt)]
+    changes = [rgb_to_lab(_codes(frames[:, :, rows]) / 255).diff(dim=0) for frames in (pred, gt)]
     return float((changes[0] - changes[1]).norm(dim=1).mean())
 
 
@@ -284,23 +285,6 @@ def _sliced_distance(pred: Tensor, gt: Tensor, kernels: Tensor) -> float:
     # NumPy sorts fp32 with vector instructions, several times faster than torch on a CPU.
     lines = [np.sort(F.conv2d(frame, kernels, stride=stride)[0].flatten(1).numpy(), axis=1) for frame in (pred, gt)]
     return float(np.abs(lines[0] - lines[1]).mean())
-
-
-def _lab(frames: Tensor) -> Tensor:
-    """sRGB T 3 H W in 0..1 to CIE L*a*b* under D65."""
-    linear = torch.where(frames <= 0.04045, frames / 12.92, ((frames + 0.055) / 1.055) ** 2.4)
-    to_xyz = torch.tensor(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
-        dtype=frames.dtype,
-    )
-    white = to_xyz.sum(dim=1)
-    x, y, z = (torch.einsum("ij,tjhw->tihw", to_xyz, linear) / white[:, None, None]).unbind(1)
-
-    def response(v: Tensor) -> Tensor:
-        return torch.where(v > (6 / 29) ** 3, v ** (1 / 3), v * (29 / 6) ** 2 / 3 + 4 / 29)
-
-    x, y, z = response(x), response(y), response(z)
-    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
 
 
 # A metric at work: (restored, original) to its value. The original is None for what needs none.

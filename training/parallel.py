@@ -73,18 +73,23 @@ class Processes:
         """The data-parallel group that this process belongs to."""
         return self.rank // self.config.sp
 
-    def micros(self, micro_batches: int) -> range:
+    def total_micros(self, micro_batches: int | None) -> int:
+        """Micro-batches of a step in all processes; None: one for every data-parallel group."""
+        return self.groups if micro_batches is None else micro_batches
+
+    def micros(self, micro_batches: int | None) -> range:
         """The micro-batches of a step that fall to this process; their numbers do not depend on who computes them.
 
         Raises:
             SettingError: they cannot be dealt out evenly.
         """
-        if micro_batches % self.groups:
+        total = self.total_micros(micro_batches)
+        if total % self.groups:
             raise SettingError(
-                f"{micro_batches} micro-batches cannot be dealt to {self.groups} data-parallel groups; "
-                "set run.micro_batches to a multiple of them."
+                f"{total} micro-batches cannot be dealt to {self.groups} data-parallel groups; "
+                "set run.micro_batches to a multiple of them, or to none for one each."
             )
-        share = micro_batches // self.groups
+        share = total // self.groups
         return range(self.group * share, (self.group + 1) * share)
 
     def mean(self, values: Sequence[float]) -> list[float]:
@@ -145,6 +150,22 @@ class Processes:
         return module
 
 
+def weight_parts(config: ParallelConfig, world: int) -> int:
+    """Processes that one copy of the weights is split over: shard x sp.
+
+    Raises:
+        SettingError: `world` is not replicate x shard x sp.
+    """
+    others = config.replicate * config.sp
+    shard = config.shard if config.shard is not None else world // others
+    if shard * others != world or shard == 0:
+        raise SettingError(
+            f"{world} processes cannot be replicate {config.replicate} x shard {shard} x sp {config.sp}; "
+            "start as many as their product, or leave parallel.shard at none."
+        )
+    return shard * config.sp
+
+
 def connect(config: ParallelConfig, device: torch.device, init_method: str = "env://") -> Processes:
     """Join the processes that torchrun started, or stand alone where it did not.
 
@@ -157,13 +178,7 @@ def connect(config: ParallelConfig, device: torch.device, init_method: str = "en
         SettingError: their number is not replicate x shard x sp.
     """
     rank, world = int(os.environ.get(RANK, 0)), int(os.environ.get(WORLD, 1))
-    others = config.replicate * config.sp
-    shard = config.shard if config.shard is not None else world // others
-    if shard * others != world or shard == 0:
-        raise SettingError(
-            f"{world} processes cannot be replicate {config.replicate} x shard {shard} x sp {config.sp}; "
-            "start as many as their product, or leave parallel.shard at none."
-        )
+    parts = weight_parts(config, world)
     if world == 1 and config.precision == "fp32":
         return Processes(device=device, config=config)
     if not dist.is_initialized():
@@ -176,7 +191,7 @@ def connect(config: ParallelConfig, device: torch.device, init_method: str = "en
             store = dist.PrefixStore(f"attempt_{os.environ.get(ATTEMPT, 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if config.replicate > 1:
-        shape, names = (config.replicate, shard * config.sp), ("replicate", "shard")
+        shape, names = (config.replicate, parts), ("replicate", "shard")
     else:
         shape, names = (world,), ("shard",)
     tokens = None

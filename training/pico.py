@@ -24,8 +24,9 @@ from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.models.windows import WindowConfig
 from seedvr2_core.video.geometry import Grid
 
-from .apt import AdversarialStage, LossConfig, Phase, PostTraining
+from .apt import AdversarialStage, LossConfig, PostTraining
 from .config import OptimConfig, RunConfig
+from .curriculum import Phase
 from .distill import Distillation, HalvingStage
 from .guards import GuardConfig
 from .metrics import gmsd, lsd, psnr, swd

@@ -38,7 +38,7 @@ from seedvr2_core.checkpoints import load_prompts
 from seedvr2_core.device import pick_device, pick_dtype
 from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
 from seedvr2_core.models.vae import VideoVAE, posterior
-from seedvr2_core.video.geometry import to_clip
+from seedvr2_core.video.geometry import to_clip, to_floats
 
 from .buckets import aspect_sizes
 from .config import parse_command, setting
@@ -55,7 +55,7 @@ from .data import (
 from .degradation import MIXTURES
 from .randomness import rng, torch_rng
 from .shards import Pair, build_index, is_finished, write_shard
-from .weights import open_vae, published
+from .weights import latent_scale, open_vae, published
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ FINE_TUNE = Precompute(
         PairCrops(kind="clip", count=1_000, size=512, frames=21, aspects=13),
     ),
     variants=2,
-    data=DataConfig(seed=1, real=1.0, moving_photo=0.0, stills=0, keep_clips=False),
+    # Cropped and not made smaller, which worked better for SeedVR.
+    data=DataConfig(seed=1, real=1.0, moving_photo=0.0, max_reduction=1.0, stills=0, keep_clips=False),
     shard_samples=250,
     batch=1,
 )
@@ -148,6 +149,18 @@ RECIPES = {
     ),
     "3b": FINE_TUNE,
     "7b": replace(FINE_TUNE, vae=Path("7b")),
+    # From nothing: what every phase of `7b_scratch` asks for, and the lengths of the last stage in 720p.
+    "7b_scratch": replace(
+        FINE_TUNE,
+        vae=Path("7b"),
+        crops=(
+            *(PairCrops(kind="image", count=100_000, size=size, aspects=13) for size in (256, 512, 768, 960)),
+            PairCrops(kind="clip", count=50_000, size=256, frames=5, aspects=13),
+            PairCrops(kind="clip", count=50_000, size=512, frames=9, aspects=13),
+            PairCrops(kind="clip", count=50_000, size=768, frames=21, aspects=13),
+            PairCrops(kind="clip", count=50_000, size=960, frames=97, aspects=13),
+        ),
+    ),
 }
 
 
@@ -206,7 +219,8 @@ def encode(vae: VideoVAE, clips: Tensor, noise: Sequence[torch.Generator] | None
     """Latents b c t h w in fp32, not scaled, of clips b 3 T H W, uint8: posterior means, or samples of it by the given
     generators, one a clip."""
     weight = next(vae.parameters())
-    mean, std = posterior(vae.encode(to_clip(clips.to(weight.device).to(weight.dtype) / 255)))
+    # Rounded once, as inference does it: codes in bf16 would be off by up to half a step.
+    mean, std = posterior(vae.encode(to_clip(to_floats(clips.to(weight.device))).to(weight.dtype)))
     if noise is None:
         return mean.float().cpu()
     drawn = torch.stack([torch.randn(m.shape, generator=generator) for m, generator in zip(mean, noise, strict=True)])
@@ -350,7 +364,7 @@ def run(config: Precompute, directory: Path, root: Path | None, vae: VideoVAE, p
     if missing:
         log.info("%d shards are still to be made by others, %s first.", len(missing), missing[0])
     else:
-        build_index(directory, [task.name for task in everything], work.text)
+        build_index(directory, [task.name for task in everything], work.text, latent_scale(config.vae, vae))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Source: SeedVR, arXiv 2501.01320; loss, logit-normal times and resolution shift 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -15,22 +15,24 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from seedvr2_core.diffusion.conditioning import augment, frame_noise
-from seedvr2_core.diffusion.sampler import sample
+from seedvr2_core.diffusion.conditioning import augment
 from seedvr2_core.diffusion.schedule import interpolate, shift, shift_factor, velocity
-from seedvr2_core.errors import CheckpointError
+from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from seedvr2_core.models.windows import WindowConfig
 from seedvr2_core.video.geometry import PATCH
 
 from . import doctor, loop
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .curriculum import Phase, check_phases, phase_at
 from .guards import GuardConfig
-from .previews import Preview, colour, colour_basis
+from .journal import timed
+from .previews import Preview
 from .randomness import torch_rng
-from .restorer import Restorer
+from .restorer import Restorer, for_training
 from .shards import Latents
 from .text import Chosen, TextConfig, Texts
+from .validation import Captions, latent_errors, latent_previews
 from .weights import empty_restorer, open_restorer
 
 # The code of the 3B in a size that a CPU trains in half an hour.
@@ -64,6 +66,14 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth(Phase):
+    """A phase that says as well how many of its steps have pictures."""
+
+    image_share: float | None = setting(None, "share of the steps of pictures; none: as many as there are", least=0,
+                                        most=1)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """Everything a run of this stage depends on."""
 
@@ -74,11 +84,12 @@ class Pretraining:
     init: str | None = setting(None, "run, checkpoint or published name to start from; none: random weights")
     # A data set of many shapes is better dealt by tokens, so that every step costs the same.
     batch_tokens: int | None = setting(
-        None, "of a step, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+        None, "of a micro-batch, by plan; none: `batch` samples", source="S2", least=1, frozen=True
     )
     image_share: float | None = setting(
         None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
     )
+    curriculum: tuple[Growth, ...] = setting((), "how samples grow; none: all latents at any time", source="S1")
     batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
     text: TextConfig = TextConfig()
     text_dropout: float = setting(0.1, "share of samples with the null prompt", least=0, most=1)
@@ -88,7 +99,19 @@ class Pretraining:
     # Where every sampler starts and a one-step sampler stays. Logit-normal times hardly get near it.
     pure_noise: float = setting(0.0, "share of samples at pure noise", least=0, most=1)
 
+    def __post_init__(self) -> None:
+        if self.curriculum and self.batch_tokens is None:
+            raise SettingError("curriculum deals batches by tokens, and batch_tokens is none; set it, such as "
+                               "batch_tokens=90000, or leave curriculum out.")
 
+
+# Small pictures and short clips first, then what inference is for: 720p in many aspects, and any length.
+GROWTH = (
+    Growth(share=0.15, size=256, frames=(1, 5), image_share=0.5),
+    Growth(share=0.25, size=512, frames=(1, 9), image_share=0.4),
+    Growth(share=0.25, size=768, frames=(1, 21), image_share=0.35),
+    Growth(share=0.35, size=960, image_share=0.3),
+)
 RECIPES = {
     "nano": Pretraining(
         model=NANO_DIT,
@@ -104,6 +127,7 @@ _3B = Pretraining(
     model=SEEDVR2_3B,
     run=RunConfig(
         steps=20_000,
+        micro_batches=None,
         ema=0.9998,
         save_every=500,
         parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
@@ -119,8 +143,8 @@ _7B = replace(_3B, model=SEEDVR2_7B, init="7b", text=replace(_3B.text, negative=
 RECIPES |= {
     "3b": _3B,
     "7b": _7B,
-    # As the paper began: random weights, and ten times the rate.
-    "7b_scratch": replace(_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5)),
+    # As the paper began: random weights, ten times the rate, and samples that grow.
+    "7b_scratch": replace(_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5), curriculum=GROWTH),
 }
 
 
@@ -143,20 +167,23 @@ class PretrainStage:
         if restorer is None:
             torch.manual_seed(config.run.seed)
             restorer = Restorer(config.model)
-        self.modules: Mapping[str, Restorer] = {"g": restorer.train().requires_grad_(True)}
+        check_phases(config.curriculum, latents.shapes)
+        # A published prompt, or one that was learnt before, stays what it is.
+        self.modules: Mapping[str, Restorer] = {"g": for_training(restorer, config.init is None)}
         self.texts = Texts.of_run(config.text, restorer, latents, config.run.seed, config.text_dropout)
 
     def backward(self, name: str, step: int, micro: int, scale: float) -> dict[str, float]:
         restorer = self.modules[name]
-        x, condition, u, target, texts = self.draw(step, micro, restorer.device)
+        (x, condition, u, target, texts), waited = timed(self.draw, step, micro, restorer.device)
         loss = (texts.velocity(restorer, x, condition, u) - target).square().mean()
         (scale * loss).backward()
-        return {"loss": loss.item(), "frames": x.shape[2], **cost(x)}
+        return {"loss": loss.item(), "frames": x.shape[2], "data_seconds": waited, **cost(x)}
 
     def draw(self, step: int, micro: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Chosen]:
         """Noisy latent, condition, time, true velocity and texts of a micro-batch."""
         config, seed = self.config, self.config.run.seed
-        hq, lq, captions = draw_batch(config, self.latents, step, micro)
+        phase = phase_at(step, config.run.steps, config.curriculum) if config.curriculum else None
+        hq, lq, captions = draw_batch(config, self.latents, step, micro, phase=phase)
         texts = self.texts.choose(step, micro, len(hq), captions)
         hq = texts.target(hq, lq)
         noise = torch.randn(hq.shape, generator=torch_rng(seed, "noise", step, micro))
@@ -176,23 +203,21 @@ class PretrainStage:
         return latent_previews(module, self.latents, 8, captions=self.config.text.mode == "caption")
 
 
-Captions = Sequence[Tensor | None]
-
-
 def draw_batch(
-    config: Batches, latents: Latents, step: int, micro: int, at: int = 0
+    config: Batches, latents: Latents, step: int, micro: int, at: int = 0, phase: Growth | None = None
 ) -> tuple[Tensor, Tensor, Captions | None]:
-    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens a step; and
-    the captions of its samples where the run uses them.
+    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens; and the
+    captions of its samples where the run uses them.
 
     Args:
         at: the step of the plan or order where the run begins.
+        phase: of the curriculum, where there is one.
     """
     captioned = config.text.mode == "caption"
     if config.batch_tokens is not None:
-        found = latents.planned(
-            at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches, image_share=config.image_share
-        )
+        share = config.image_share if phase is None else phase.image_share
+        found = latents.planned(at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches,
+                                image_share=share, phase=phase)  # fmt: skip
     elif captioned:
         found = latents.captioned(at + step, config.batch, micro)
     else:
@@ -204,49 +229,6 @@ def cost(latent: Tensor) -> dict[str, int]:
     """How much work a micro-batch b c t h w is: samples, and video tokens."""
     b, _, t, h, w = latent.shape
     return {"samples": b, "tokens": b * t * (h // PATCH) * (w // PATCH)}
-
-
-def latent_errors(
-    module: Restorer, latents: Latents, steps: tuple[int, ...], captions: bool = False
-) -> dict[str, float]:
-    """RMS error and spread of restored held-out latents, relative to the clean ones; "lq" is the input's own error.
-
-    `captions`: with those that the samples have, else with the model's prompt.
-    """
-    result: dict[str, list[float]] = {}
-    for hq, lq, texts in _held_out(latents, captions):
-        result.setdefault("lq", []).append((lq - hq).square().mean().sqrt().item())
-        for count in steps:
-            restored = restore_latents(module, lq, count, texts)
-            result.setdefault(f"rms_{count}", []).append((restored - hq).square().mean().sqrt().item())
-            result.setdefault(f"std_{count}", []).append((restored.std() / hq.std()).item())
-    return {name: sum(values) / len(values) for name, values in result.items()}
-
-
-def latent_previews(module: Restorer, latents: Latents, steps: int, captions: bool = False) -> list[Preview]:
-    """The first held-out sample of every kind, as colours of its latents."""
-    shown = []
-    for hq, lq, texts in _held_out(latents, captions):
-        basis = colour_basis(hq)
-        restored = restore_latents(module, lq[:1], steps, texts and texts[:1])
-        pictures = [colour(x[0], basis) for x in (lq, restored, hq)]
-        shown.append(Preview(f"{len(pictures[0])}x{hq.shape[3]}x{hq.shape[4]}", *pictures))
-    return shown
-
-
-def _held_out(latents: Latents, captions: bool) -> Iterator[tuple[Tensor, Tensor, Captions | None]]:
-    if not captions:
-        yield from ((hq, lq, None) for hq, lq in latents.held_out())
-        return
-    yield from ((batch.hq, batch.lq, batch.texts) for batch in latents.held_out_captioned())
-
-
-def restore_latents(module: Restorer, lq: Tensor, steps: int, texts: Captions | None = None) -> Tensor:
-    """Degraded latents b 16 t h w, restored from noise that is theirs for good; on the CPU."""
-    told = () if texts is None else (None, texts)
-    noise = torch.stack([frame_noise(i, 0, *lq.shape[2:3], 16, *lq.shape[3:]) for i in range(len(lq))])
-    noise, lq = noise.to(module.device), lq.to(module.device)
-    return sample(lambda x, u: module.velocity(x, lq, x.new_full((len(x),), u), *told), noise, steps).cpu()
 
 
 def load_run(where: str | Path, config: DiTConfig) -> Restorer:
@@ -276,7 +258,7 @@ def main() -> None:
         return
     session = loop.open_session(command, config)
     start = load_run(config.init, config.model) if config.init else None
-    stage = PretrainStage(config, Latents(command.data, config.run.seed), start)
+    stage = PretrainStage(loop.resolved(config, session), Latents(command.data, config.run.seed), start)
     loop.run(stage, config, {"g": config.optim}, command.out, session)
 
 

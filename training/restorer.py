@@ -6,6 +6,7 @@ b clips   c channels   t h w latent frames, height, width   l text tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,17 @@ def embeddings(
     # A text has no row of the prompt beside it, so that all processes have a gradient of that to share, be it zero.
     found = [prompt if drop or text is None else torch.cat([text.to(prompt), prompt[:0]]) for text, drop in told]
     return found if dropped is None else [text * (not drop) for text, drop in zip(found, drops, strict=True)]
+
+
+SomeRestorer = TypeVar("SomeRestorer", bound=Arranged)
+
+
+def for_training(restorer: SomeRestorer, prompt: bool = False) -> SomeRestorer:
+    """A `Restorer`, or one with adapters, with all its parameters to be trained; `prompt`: that too, where nobody else
+    knows it yet."""
+    restorer.train().requires_grad_(True)
+    restorer.prompt.requires_grad_(prompt)
+    return restorer
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,7 +36,8 @@ from torch import Tensor
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
 
-from .buckets import BATCH_TOKENS, Batch, BatchPlan, Tail, batch_size, members_of
+from .buckets import BATCH_TOKENS, BatchPlan, batch_size, members_of
+from .curriculum import Phase
 from .data import UNREADABLE_SHARE
 from .randomness import rng
 
@@ -146,13 +147,17 @@ def is_finished(directory: Path, name: str, settings: Mapping[str, Any]) -> bool
     return True
 
 
-def build_index(directory: Path, names: Iterable[str], text: Tensor | None = None) -> None:
+def build_index(
+    directory: Path, names: Iterable[str], text: Tensor | None = None, scale: float | None = None
+) -> None:
     """Gather the manifests of all shards into columns, under their final name whole or not at all.
 
     Args:
         directory: of the data set.
         names: of its shards, in the order of the samples.
         text: embedding l c of samples that have none of their own.
+        scale: of the autoencoder, by which transformers see its latents multiplied; None: it has none yet, and gets the
+            one that makes the variance of these latents 1.
 
     Raises:
         CheckpointError: a shard is missing, or shards do not belong together.
@@ -184,7 +189,7 @@ def build_index(directory: Path, names: Iterable[str], text: Tensor | None = Non
     mean = sum(manifest["sum"] for manifest in manifests.values()) / count
     variance = sum(manifest["squares"] for manifest in manifests.values()) / count - mean**2
     about = {"shards": names, "kinds": kinds, "buckets": buckets, "samples": len(rows),
-             "scale": 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"],
+             "scale": scale or 1 / math.sqrt(variance), "settings": manifests[names[0]]["settings"],
              "text_width": widths[0] if widths else None}  # fmt: skip
     part = directory / f".{INDEX}.{os.getpid()}.part"
     # A killed process with this number may have left one.
@@ -212,13 +217,17 @@ def _manifest(directory: Path, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """One batch: latents b c t h w in unit variance, and what goes with them."""
+    """One batch: latents b c t h w as a transformer sees them, and what goes with them."""
 
     hq: Tensor
     lq: Tensor
     texts: list[Tensor | None]  # embedding l c of each sample, where it has one
     ids: np.ndarray  # of the samples, in the index of the data set
     bucket: Grid
+
+    def cut(self, t: int) -> LatentBatch:
+        """The same clips, t latent frames long."""
+        return replace(self, hq=self.hq[:, :, :t], lq=self.lq[:, :, :t], bucket=self.bucket._replace(t=t))
 
 
 class ShardReader:
@@ -316,7 +325,7 @@ class ShardReader:
 
 
 class Latents:
-    """Precomputed pairs as training takes them, scaled to unit variance.
+    """Precomputed pairs as training takes them, times the scale of their autoencoder.
 
     `batch` takes the kinds of sample in turn and draws with replacement. `planned` follows a plan: every sample once an
     epoch, one shape a batch, as many samples as a budget of tokens allows. Both depend on (seed, step) alone.
@@ -336,9 +345,9 @@ class Latents:
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
         self._plan: tuple[tuple, BatchPlan] | None = None
         shapes = np.asarray(self.store.bucket_of)
-        apart = [kind[shapes[kind] == shape] for kind in self._kinds for shape in np.unique(shapes[kind])]
-        # Samples of one kind and shape, without the first, among which are the held-out ones.
-        self._groups = [group[HELD_OUT:] for group in apart if len(group) > HELD_OUT]
+        taught = [kind[HELD_OUT:] for kind in self._kinds]
+        # Samples of one kind and shape.
+        self._groups = [kind[shapes[kind] == shape] for kind in taught for shape in np.unique(shapes[kind])]
         # Latent sizes of the groups that `of_shape` draws from.
         self.shapes = [self.store.buckets[shapes[group[0]]] for group in self._groups]
 
@@ -375,31 +384,45 @@ class Latents:
         micro: int = 0,
         micros: int = 1,
         image_share: float | None = None,
-        tail: Tail = "drop",
+        phase: Phase | None = None,
     ) -> LatentBatch:
         """A micro-batch of the batch of a step, by the plan of `plan` with the same arguments.
 
         The batch is dealt to `micros` micro-batches in equal parts, whoever computes them.
         """
-        batch = self.plan(budget, micros, image_share, tail)(step)
+        batch = self.plan(budget, micros, image_share, phase)(step)
         slots = batch.slots(micro, micros)
-        return self._gather(batch.ids[slots.start : slots.stop], step, slots.start, batch)
+        found = self._gather(batch.ids[slots.start : slots.stop], step, slots.start)
+        return found if phase is None else found.cut(max(phase.lengths(batch.bucket)))
 
     def plan(
-        self, budget: int = BATCH_TOKENS, multiple: int = 1, image_share: float | None = None, tail: Tail = "drop"
+        self,
+        budget: int = BATCH_TOKENS,
+        micros: int = 1,
+        image_share: float | None = None,
+        phase: Phase | None = None,
     ) -> BatchPlan:
-        """The plan of all batches; see `BatchPlan`. `budget` is tokens in a batch, `multiple` what its size divides by.
+        """The plan of all batches; see `BatchPlan`.
 
         Held-out samples are in none.
+
+        Args:
+            budget: tokens in a micro-batch.
+            micros: micro-batches in a batch.
+            image_share: share of the batches that have pictures.
+            phase: of the curriculum, whose samples alone are taken, as long as it allows at most; None: all.
         """
-        wanted = (budget, multiple, image_share, tail)
+        wanted = (budget, micros, image_share, phase)
         if self._plan is None or self._plan[0] != wanted:
             free = np.ones(len(self.store.bucket_of), bool)
             free[np.concatenate([kind[:HELD_OUT] for kind in self._kinds])] = False
             column = np.where(free, self.store.bucket_of, -1)
             members = members_of(self.store.buckets, column)
-            sizes = {bucket: batch_size(bucket, budget, multiple) for bucket in members}
-            self._plan = wanted, BatchPlan(members, sizes, self.seed, tail, image_share)
+            if phase is not None:
+                members = {bucket: ids for bucket, ids in members.items() if phase.lengths(bucket)}
+            longest = {bucket: max(phase.lengths(bucket)) if phase else bucket.t for bucket in members}
+            sizes = {bucket: batch_size(bucket._replace(t=t), budget, micros) for bucket, t in longest.items()}
+            self._plan = wanted, BatchPlan(members, sizes, self.seed, image_share)
         return self._plan[1]
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
@@ -416,6 +439,11 @@ class Latents:
         return batches
 
     @property
+    def autoencoder(self) -> str | None:
+        """What made the latents, as for `weights.open_vae`; None where plain files do not say."""
+        return self.store.autoencoder
+
+    @property
     def text_width(self) -> int | None:
         """Channels of the samples' texts; None where none has one."""
         return self.store.text_width
@@ -425,11 +453,11 @@ class Latents:
         """Samples that had to be replaced so far, and why."""
         return self.store.unreadable
 
-    def _gather(self, ids: np.ndarray, step: int, first_slot: int = 0, batch: Batch | None = None) -> LatentBatch:
+    def _gather(self, ids: np.ndarray, step: int, first_slot: int = 0) -> LatentBatch:
         draws = (rng(self.seed, "variant", step, first_slot + slot) for slot in range(len(ids)))
         variants = [int(draw.integers(self.store.variants)) if self.store.variants > 1 else 0 for draw in draws]
         hq, lq, texts, really = zip(*map(self.store.read, map(int, ids), variants), strict=True)
-        bucket = batch.bucket if batch else self.store.buckets[self.store.bucket_of[ids[0]]]
+        bucket = self.store.buckets[self.store.bucket_of[ids[0]]]
         stacked = [torch.stack(part).to(self.device).float() * self.scale for part in (hq, lq)]
         return LatentBatch(*stacked, list(texts), np.asarray(really), bucket)
 
@@ -440,7 +468,7 @@ class _Shards:
     def __init__(self, reader: ShardReader):
         self.read: Callable[[int, int], tuple] = reader.read
         self.scale, self.variants, self.buckets = reader.scale, reader.variants, reader.buckets
-        self.text_width = reader.text_width
+        self.text_width, self.autoencoder = reader.text_width, reader.settings.get("vae")
         self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
         self.unreadable = reader.unreadable
 
@@ -451,7 +479,7 @@ class _PlainFiles:
     def __init__(self, paths: Iterable[Path]):
         self.kinds = [load_file(path) for path in paths]
         counts = [len(kind["hq"]) for kind in self.kinds]
-        self.variants, self.unreadable, self.text_width = 1, {}, None
+        self.variants, self.unreadable, self.text_width, self.autoencoder = 1, {}, None, None
         self.buckets = sorted({Grid(*kind["hq"].shape[2:]) for kind in self.kinds})
         self.kind_of = np.repeat(np.arange(len(counts)), counts)
         of_kind = np.array([self.buckets.index(Grid(*kind["hq"].shape[2:])) for kind in self.kinds])

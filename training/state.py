@@ -14,8 +14,9 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,7 @@ class Checkpoints:
         meta = {"step": step, "world": self.processes.world, "torch": torch.__version__, **(meta or {})}
         future: Future = Future()
         try:
-            if self.processes.first:
-                # Left by a crash.
-                remove(path)
-                path.mkdir(parents=True)
-            self.processes.agree(None)
+            self._by_the_first(lambda: self._prepare(path))
             options = {"checkpoint_id": path, "process_group": self.processes.saving}
             if self.asynchronous:
                 future = quietly(dcp.async_save, dict(tensors), **options)
@@ -93,8 +90,7 @@ class Checkpoints:
         (path, meta, future), self.pending = self.pending, None
         try:
             future.result()
-            if self.processes.first:
-                self._complete(path, meta)
+            self._by_the_first(lambda: self._complete(path, meta))
             self.last = path
         except FAILURES as error:
             if self.processes.first:
@@ -103,6 +99,25 @@ class Checkpoints:
                 f"{path} could not be saved ({_reason(error)}). The checkpoints before it are whole; "
                 "make room, the next one will be tried as usual."
             ) from error
+
+    def _by_the_first(self, act: Callable[[], None]) -> None:
+        """Do something in the first process; where it fails there, all processes raise, and none waits for another."""
+        failure = None
+        if self.processes.first:
+            try:
+                act()
+            except OSError as error:
+                failure = error
+        reason = self.processes.agree(None if failure is None else _reason(failure))
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise OSError(reason)
+
+    def _prepare(self, path: Path) -> None:
+        # Left by a crash.
+        remove(path)
+        path.mkdir(parents=True)
 
     def _written(self, future: Future) -> bool:
         # All processes complete it at the same step, so that they do the same afterwards.
@@ -113,8 +128,10 @@ class Checkpoints:
         link = self.directory / f".{LATEST}.{os.getpid()}"
         # In a container the process that was killed here had this number too.
         link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(self.directory / LATEST)
+        # For people alone; few may make one on Windows.
+        with suppress(OSError):
+            link.symlink_to(path.name)
+            link.replace(self.directory / LATEST)
         for old in complete(self.directory)[: -self.keep]:
             remove(old)
 
@@ -167,6 +184,12 @@ def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = (path.parent for path in folder.glob(f"step_*/{META}") if not path.parent.is_symlink())
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest_meta(directory: Path) -> dict[str, Any]:
+    """What the newest complete checkpoint of a run directory says besides its tensors; {} where there is none."""
+    found = complete(directory / FOLDER)
+    return read_meta(found[-1]) if found else {}
 
 
 def read_meta(path: Path) -> dict[str, Any]:

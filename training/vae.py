@@ -27,6 +27,7 @@ from . import doctor, loop, losses
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
 from .guards import GuardConfig
+from .journal import timed
 from .linear_start import start_linear
 from .patch_discriminator import PatchConfig, PatchDiscriminator
 from .perceptual import NO_WEIGHTS, MetricMissing, library
@@ -217,7 +218,7 @@ class VAEStage:
 
     def _discriminate(self, step: int, micro: int, scale: float) -> dict[str, float]:
         # Batches of the discriminator are counted down from -1, those of the autoencoder up from 0: none is shared.
-        clip = self.draw(step, -1 - self.place(step, micro))
+        clip, waited = timed(self.draw, step, -1 - self.place(step, micro))
         with torch.no_grad():
             restored = self.restore(clip, "d", step, micro)[0]
         r, f = self.critic(clip), self.critic(restored)
@@ -232,11 +233,12 @@ class VAEStage:
             "f": f.mean().item(),
             "gap": gap.mean().item(),
             "accuracy": ((gap > 0).double() + 0.5 * (gap == 0)).mean().item(),
+            "data_seconds": waited,
         }
 
     def _reconstruct(self, step: int, micro: int, scale: float) -> dict[str, float]:
         config = self.config
-        clip = self.draw(step, self.place(step, micro))
+        clip, waited = timed(self.draw, step, self.place(step, micro))
         restored, mean, std = self.restore(clip, "posterior", step, micro)
         l1, kl = losses.l1(restored, clip), losses.kl(mean, std)
         scalars = {"l1": l1.item(), "kl": kl.item(), "std": std.mean().item()}
@@ -252,7 +254,7 @@ class VAEStage:
         loss = loss + config.w_kl * kl
         (scale * loss).backward()
         scalars["high_frequency_ratio"] = losses.high_frequency_ratio(restored.detach(), clip).item()
-        return {"loss": loss.item(), **scalars, "frames": clip.shape[2], "samples": len(clip)}
+        return {"loss": loss.item(), **scalars, "frames": clip.shape[2], "data_seconds": waited, "samples": len(clip)}
 
     def place(self, step: int, micro: int) -> int:
         """Number of a micro-batch within the run."""
@@ -401,7 +403,7 @@ def main() -> None:
         print(doctor.estimate(config, workload(config)))
         return
     session = loop.open_session(command, config)
-    stage = VAEStage(config, Dataset.load(command.data), held_out_crops(command.data))
+    stage = VAEStage(loop.resolved(config, session), Dataset.load(command.data), held_out_crops(command.data))
     loop.run(stage, config, optims(config), command.out, session)
 
 

@@ -59,6 +59,23 @@ def open_vae(where: str | Path, dtype: torch.dtype = torch.float32, device: torc
     return build_vae(Path(where), state.load_averaged(Path(where))).to(device, dtype)
 
 
+def latent_scale(where: str | Path, vae: VideoVAE) -> float | None:
+    """By what transformers see the latents of an autoencoder multiplied; None where that is still to be found, of a run
+    that began with nothing.
+
+    Args:
+        where: as for `open_vae`.
+        vae: what that made of it.
+
+    Raises:
+        CheckpointError: what the run began with is gone.
+    """
+    if not is_run(where):
+        return vae.config.scale
+    start = (configs.load_saved(Path(where)) or {}).get("init")
+    return None if start is None else latent_scale(start, open_vae(start))
+
+
 def build_vae(run: Path, tensors: Mapping[str, Tensor]) -> VideoVAE:
     """The autoencoder of a run, with these weights of it."""
     with torch.device("meta"):

@@ -228,6 +228,7 @@ def open_models(where: str | Path, vae: str | Path, device: torch.device) -> Mod
         vae=FastVAE(open_vae(vae, device=device), fast_options(device)),
         prompts=Prompts(positive=restorer.prompt.detach(), negative=None),
         label=str(where),
+        device=restorer.dit.txt_in.weight.device,
     )
 
 

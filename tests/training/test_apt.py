@@ -12,9 +12,11 @@ from torch import nn
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import Grid
+from tests.training.toys import untimed
 from training import apt, doctor, journal, loop, state
-from training.apt import AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining, lengths_at
+from training.apt import AdversarialStage, DiscConfig, LossConfig, PostTraining
 from training.config import OptimConfig, RunConfig, check, override
+from training.curriculum import Phase
 from training.guards import GuardConfig, Guards
 from training.randomness import rng, torch_rng
 from training.restorer import Restorer
@@ -76,7 +78,7 @@ def gradients(stage, name, **arguments):
     stage.modules[name].zero_grad(set_to_none=True)
     scalars = stage.backward(name, **{"step": 6, "micro": 0, "scale": 1.0} | arguments)
     found = {key: p.grad.clone() for key, p in stage.modules[name].named_parameters() if p.grad is not None}
-    return found, scalars
+    return found, untimed(scalars)
 
 
 def train(stage, name, steps):
@@ -113,7 +115,8 @@ def test_6_the_generators_turn_leaves_the_discriminator_without_gradients(config
     found, _ = gradients(stage, "g")
     assert all(parameter.grad is None for parameter in stage.discriminator.parameters())
     assert all(parameter.requires_grad for parameter in stage.discriminator.parameters())
-    silent = [name for name, _ in stage.generator.named_parameters() if name not in found or not found[name].any()]
+    trained = [name for name, parameter in stage.generator.named_parameters() if parameter.requires_grad]
+    silent = [name for name in trained if name not in found or not found[name].any()]
     assert found and not silent
 
 
@@ -230,12 +233,6 @@ def test_a_generator_without_any_loss_is_refused():
         LossConfig(w_adv=0.0, w_1=0.0, w_F=0.0)
 
 
-def test_the_curriculum_grows_from_images_to_clips():
-    seen = [lengths_at(step, 100, apt.CURRICULUM) for step in (0, 19, 20, 39, 40, 64, 65, 99)]
-    assert seen == [(1,)] * 2 + [(1, 5, 9)] * 2 + [(1, 9, 21)] * 2 + [(1, 21, 49, 97)] * 2
-    assert lengths_at(100, 100, apt.CURRICULUM) == (1, 21, 49, 97)
-
-
 def test_the_lengths_of_a_step_are_those_of_its_phase(config):
     stage = make(config)
     assert {stage.draw("d", step, 0).real.shape[2] for step in range(5)} == {1}
@@ -243,10 +240,28 @@ def test_the_lengths_of_a_step_are_those_of_its_phase(config):
     assert stage.draw("g", 7, 0).real.shape[2] == stage.draw("g", 7, 1).real.shape[2]
 
 
-def test_lengths_that_were_not_precomputed_are_named(config):
-    stage = make(replace(config, curriculum=(Phase(share=1.0, frames=(9,)),)))
-    with pytest.raises(SettingError, match=r"\(9,\) frames .* \[1, 5\]"):
-        stage.draw("d", 0, 0)
+def test_a_phase_without_latents_is_refused_before_the_first_step(config):
+    with pytest.raises(SettingError, match="asks for 9 frames"):
+        make(replace(config, curriculum=(Phase(share=1.0, frames=(9,)),)))
+
+
+def test_clips_are_cut_to_the_lengths_of_a_phase_and_more_of_them_fit(config):
+    class Longer(Noise):
+        def __init__(self):
+            super().__init__()
+            self.shapes = [Grid(1, 4, 4), Grid(5, 4, 4)]
+            self.real[1] = torch.randn(40, 16, *self.shapes[1])
+
+    config = replace(config, curriculum=(Phase(share=1.0, frames=(5, 17)),), batch_tokens=40)
+    drawn = [apt.draw_pairs(Longer(), config, "g", step, 0) for step in range(20)]
+    assert {tuple(pairs.hq.shape) for pairs in drawn} == {(5, 16, 2, 4, 4), (2, 16, 5, 4, 4)}
+    assert all(pairs.hq.shape == pairs.lq.shape and pairs.bucket == pairs.hq.shape[2:] for pairs in drawn)
+
+
+def test_a_prompt_that_was_learnt_before_stays_what_it_is(config):
+    stage = make(config)
+    assert not stage.generator.prompt.requires_grad
+    assert all(parameter.requires_grad for parameter in stage.generator.dit.parameters())
 
 
 def test_each_side_alone_lowers_its_own_loss(config):

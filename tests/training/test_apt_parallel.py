@@ -11,8 +11,9 @@ from torch import nn
 
 from seedvr2_core.video.geometry import Grid
 from tests.training.toys import in_processes
-from training.apt import AdversarialStage, DiscConfig, LossConfig, Phase, PostTraining
+from training.apt import AdversarialStage, DiscConfig, LossConfig, PostTraining
 from training.config import OptimConfig, ParallelConfig, RunConfig
+from training.curriculum import Phase
 from training.parallel import Processes, connect, set_last_micro
 from training.pretrain import NANO_DIT
 from training.randomness import rng, torch_rng

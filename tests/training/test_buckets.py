@@ -27,10 +27,13 @@ SIZES = {IMAGE: 8, WIDE: 4, CLIP: 5}
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_10_every_id_comes_up_once_in_every_epoch(members, epoch):
-    plan = BatchPlan(members, SIZES, seed=1, tail="keep")
+    plan = BatchPlan(members, SIZES, seed=1)
     first = epoch * plan.steps_in_epoch
     drawn = np.concatenate([plan(step).ids for step in range(first, first + plan.steps_in_epoch)])
-    assert sorted(drawn) == list(range(80))
+    times = np.bincount(drawn)
+    assert len(times) == 80 and times.min() == 1
+    # 17 samples in batches of 4, and 23 in batches of 5: the last ones are filled up.
+    assert times.max() == 2 and (times == 2).sum() == 3 + 2
 
 
 def test_10_a_batch_comes_from_one_bucket(members):
@@ -41,20 +44,11 @@ def test_10_a_batch_comes_from_one_bucket(members):
         assert len(batch.ids) == SIZES[batch.bucket]
 
 
-def test_dropped_tails_are_others_in_each_epoch(members):
-    plan = BatchPlan(members, SIZES, seed=1)
-    per_epoch = plan.steps_in_epoch
-    left_out = [
-        set(range(80)) - {i for step in range(e * per_epoch, (e + 1) * per_epoch) for i in plan(step).ids}
-        for e in range(3)
-    ]
-    assert [len(left) for left in left_out] == [1 + 3] * 3
-    assert left_out[0] != left_out[1] != left_out[2]
-
-
-def test_a_bucket_that_never_fills_a_batch_still_comes_up():
+def test_a_bucket_that_never_fills_a_batch_still_makes_a_whole_one():
     plan = BatchPlan({IMAGE: np.arange(20), CLIP: np.arange(20, 22)}, {IMAGE: 4, CLIP: 8}, seed=0)
-    assert {i for step in range(plan.steps_in_epoch) for i in plan(step).ids} == set(range(22))
+    batches = [plan(step) for step in range(plan.steps_in_epoch)]
+    assert {i for batch in batches for i in batch.ids} == set(range(22))
+    assert sorted(len(batch.ids) for batch in batches) == [4] * 5 + [8]
 
 
 def test_the_order_is_another_in_each_epoch_and_for_each_seed(members):
@@ -104,9 +98,9 @@ def test_images_and_clips_mix_evenly_in_the_share_asked_for(members):
 
 
 def test_with_a_share_each_kind_still_runs_through_its_epoch(members):
-    plan = BatchPlan(members, SIZES, seed=1, image_share=0.5, tail="keep")
+    plan = BatchPlan(members, SIZES, seed=1, image_share=0.5)
     clips = [plan(step) for step in range(200) if plan(step).bucket.t > 1][: -(-23 // 5)]
-    assert sorted(np.concatenate([batch.ids for batch in clips])) == sorted(members[CLIP])
+    assert set(np.concatenate([batch.ids for batch in clips])) == set(members[CLIP])
 
 
 def test_a_share_of_a_kind_that_is_missing_is_refused(members):
@@ -118,9 +112,9 @@ def test_a_share_of_a_kind_that_is_missing_is_refused(members):
 
 def test_a_batch_costs_about_its_budget_whatever_its_shape():
     for bucket in (IMAGE, CLIP, Grid(25, 90, 160)):
-        size = batch_size(bucket, 90_000, multiple=2)
+        size = batch_size(bucket, 90_000, parts=2)
         assert size % 2 == 0
-        assert size == 2 or 0.5 * 90_000 < size * tokens(bucket) <= 90_000
+        assert size == 2 or 0.5 * 90_000 < size // 2 * tokens(bucket) <= 90_000
 
 
 def test_aspects_share_their_area_and_are_multiples_of_16():

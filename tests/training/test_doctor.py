@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seedvr2_core.errors import SettingError
 from tests.training.toys import in_processes
 from training import apt, distill, doctor, lora, pretrain, vae
 from training.restorer import Restorer
@@ -37,7 +38,8 @@ def test_a_parameter_takes_its_master_gradient_optimiser_and_average(config, kin
 
 def test_sharding_divides_the_states_and_recomputation_the_activations(config):
     def cost(**changes):
-        changed = replace(config, run=replace(config.run, parallel=replace(config.run.parallel, **changes)))
+        run = replace(config.run, micro_batches=None, parallel=replace(config.run.parallel, **changes))
+        changed = replace(config, run=run)
         return doctor.measure(changed, doctor.of_restorer(changed))
 
     plain, sharded, recomputed = cost(), cost(shard=4, sp=2), cost(activation_checkpoint=True)
@@ -45,6 +47,34 @@ def test_sharding_divides_the_states_and_recomputation_the_activations(config):
     assert sharded.activations == plain.activations // 2
     assert recomputed.activations < 0.5 * plain.activations
     assert recomputed.flops > plain.flops
+
+
+def test_the_estimate_is_for_the_processes_that_torchrun_starts(config, monkeypatch):
+    config = replace(config, run=replace(config.run, micro_batches=None))
+    alone = doctor.measure(config, doctor.of_restorer(config))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = doctor.measure(config, doctor.of_restorer(config))
+    assert (alone.processes, shared.processes, shared.states) == (1, 4, alone.states // 4)
+    assert "memory of each of 4 processes" in doctor.estimate(config, doctor.of_restorer(config))
+    three = replace(config, run=replace(config.run, parallel=replace(config.run.parallel, sp=3)))
+    with pytest.raises(SettingError, match="4 processes cannot be"):
+        doctor.estimate(three, doctor.of_restorer(three))
+    fixed = replace(config, run=replace(config.run, micro_batches=2))
+    with pytest.raises(SettingError, match="2 micro-batches cannot be dealt to 4"):
+        doctor.estimate(fixed, doctor.of_restorer(fixed))
+
+
+def test_what_is_too_much_for_a_card_is_estimated_for_a_machine_of_eight_too(config, monkeypatch):
+    run = replace(config.run, micro_batches=None)
+    config = replace(config, run=run)
+    assert "8 processes" not in doctor.estimate(config, doctor.of_restorer(config))
+    monkeypatch.setattr(doctor, "CARD_BYTES", 0)
+    alone, eight = doctor.costs(config, doctor.of_restorer(config))
+    assert (alone.processes, eight.processes, eight.states) == (1, 8, alone.states // 8)
+    assert doctor.in_words(alone, eight).endswith(f"8 processes: {eight.total / doctor.GIB:.1f} GiB each")
+    # As many as are asked for are not estimated for others.
+    sharded = replace(config, run=replace(run, parallel=replace(run.parallel, shard=2)))
+    assert len(doctor.costs(sharded, doctor.of_restorer(sharded))) == 1
 
 
 def test_counted_activations_are_those_that_a_real_pass_keeps(config):
@@ -129,7 +159,7 @@ def test_what_a_backward_pass_frees_makes_room_for_gradients(config):
 
 @pytest.mark.parametrize(("kind", "bytes_each", "of_others"), [("fp32", 4, 4), ("bf16", 2, 2), ("fp8", 1, 2)])
 def test_a_frozen_base_is_counted_in_the_type_it_has(tiny_dit, kind, bytes_each, of_others):
-    recipe = lora.RECIPES["nano"]
+    recipe = lora.RECIPES["nano_flow"]
     config = replace(recipe, model=replace(tiny_dit, dim=256, heads=4, head_dim=64, mlp_hidden=512), batch=1)
     config = replace(config, lora=replace(config.lora, base=kind))
     workload = lora.workload(config)
@@ -142,7 +172,7 @@ def test_a_frozen_base_is_counted_in_the_type_it_has(tiny_dit, kind, bytes_each,
 
 
 def test_adversarial_adapters_cost_two_sets_on_one_base(tiny_dit):
-    recipes = (replace(lora.RECIPES[name], model=tiny_dit, batch=2) for name in ("nano", "nano_apt"))
+    recipes = (replace(lora.RECIPES[name], model=tiny_dit, batch=2) for name in ("nano_flow", "nano"))
     flow, game = (doctor.measure(config, lora.workload(config)) for config in recipes)
     assert flow.helpers == game.helpers and game.states > 2 * flow.states and game.peak > flow.peak
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from seedvr2_core.errors import MediaError
+from seedvr2_core.video.shots import thumbnail
 from training.data import FILTER_FILE, DataConfig, Dataset, left_out
 from training.filter import (
     Limits,
@@ -28,7 +29,6 @@ from training.filter import (
 )
 from training.procedural import moving_view, still
 from training.randomness import rng
-from training.shots import thumbnail
 
 ANYTHING = Limits(image_pixels=None, clip_side=None, block_quantile=None, noise_quantile=None)
 

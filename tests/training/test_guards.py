@@ -144,6 +144,13 @@ def test_validation_that_stays_worse_than_its_best_stops_the_run():
     assert actions[-1].exit_code == DIVERGED and "0.9" in actions[-1].sentence
 
 
+def test_a_model_that_ignores_its_condition_is_reported_and_a_validation_that_did_not_look_is_not():
+    guards = Guards()
+    results = [{"condition_effect": effect} for effect in (0.01, 0.06, math.nan)] + [{"lq": 1.0}]
+    assert [guards.check_results(found).action for found in results] == ["alert", "go", "go", "go"]
+    assert "ignores its condition" in guards.check_results(results[0]).sentence
+
+
 def test_more_turns_are_given_from_a_win_until_it_is_caught_up_with_and_only_where_wanted():
     for wanted in (0, 2):
         guards = Guards(GuardConfig(on_spike="alert", extra_turns=wanted))

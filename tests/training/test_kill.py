@@ -29,6 +29,8 @@ STAGES = ("vae", "precompute", "pretrain", "distill", "apt", "lora")
 TIMING = ("seconds", "samples_per_second", "tokens_per_second", "data_seconds")
 TINY_VAE = VAEConfig(widths=(8, 8, 8, 8), blocks=1, groups=2, scale=1.0)
 RUN = ["run.steps=6", "run.save_every=2", "run.validate_every=3", "run.log_norms_every=2", "run.ema=0.9"]
+# Six steps teach nobody to follow a condition, and that alert would be given again after a kill.
+RUN += ["guard.condition_effect=0"]
 # Of precompute: five samples in three shards.
 FEW = {"crops": [{"kind": "image", "count": 5, "size": 32}], "degradation": "nano", "shard_samples": 2, "workers": 0}
 

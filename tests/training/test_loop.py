@@ -95,6 +95,22 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert not again.calls
 
 
+def test_a_stage_may_end_its_run_and_the_same_command_leaves_it_so(tmp_path):
+    class Short(Regression):
+        looks_every = 2
+
+        def ends(self, losses):
+            return len(losses) >= 3
+
+    stage, again = Short(), Short()
+    averaged = train(stage, tmp_path, validate_every=5)
+    assert [step for _, step, _ in stage.calls] == [0, 1, 2, 3]
+    assert [row["step"] for row in journal.read(tmp_path / "validation.jsonl")] == [4]
+    assert_identical(state.load_averaged(tmp_path / "ema/step_000004.safetensors"), averaged.state_dict())
+    assert_identical(train(again, tmp_path).state_dict(), averaged.state_dict())
+    assert not again.calls
+
+
 def test_resume_none_begins_anew_and_a_path_goes_on_from_there(tmp_path):
     train(Regression(), tmp_path, keep=2)
     anew, other = Regression(), Regression()
@@ -443,6 +459,15 @@ def test_a_run_that_only_gets_worse_goes_back_to_where_it_was_saved(tmp_path):
     train(stage, tmp_path, session, validate_every=1, judge="error")
     assert [step for _, step, _ in stage.calls] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [row["error"] for row in journal.read(tmp_path / "validation.jsonl")] == [1.0] * 6
+
+
+def test_what_all_modules_and_micro_batches_waited_for_data_adds_up(tmp_path):
+    class Waiting(Regression):
+        def backward(self, name, step, micro, scale):
+            return {**super().backward(name, step, micro, scale), "data_seconds": 1.0 + micro}
+
+    train(Waiting(names=("d", "g")), tmp_path, micro_batches=2)
+    assert [row["data_seconds"] for row in journal.read(tmp_path / "metrics.jsonl")] == [6.0] * 6
 
 
 def test_a_module_without_a_gradient_stays_as_it_is_and_nothing_is_logged_of_it(tmp_path):

@@ -13,8 +13,8 @@ from torch import nn
 from seedvr2_core.errors import CheckpointError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
 from training import loop
-from training.apt import Phase
 from training.config import OptimConfig, ParallelConfig, RunConfig
+from training.curriculum import Phase
 from training.discriminator import tap_blocks
 from training.lora import (
     ADAPTER_FILE,
@@ -33,6 +33,7 @@ from training.lora import (
 from training.parallel import Layers
 from training.restorer import Restorer
 from training.shards import Latents
+from training.weights import NAMES
 
 SMALL = LoraConfig(rank=4, alpha=8.0, base="fp32")
 RUN = RunConfig(steps=2, save_every=1, validate_every=2, async_save=False)
@@ -240,3 +241,10 @@ def test_adversarial_training_moves_both_sets_and_leaves_the_base(restorer, conf
 def test_every_recipe_is_complete(config):
     assert config.objective == "flow" or config.d is not None
     assert config.run.parallel == ParallelConfig() or config.run.parallel.activation_checkpoint
+
+
+def test_recipes_for_the_published_models_are_adversarial_and_no_turn_of_their_game_is_skipped():
+    for name, recipe in RECIPES.items():
+        assert recipe.objective == ("flow" if "flow" in name else "apt"), name
+        assert recipe.guard.on_spike == ("skip" if "flow" in name else "alert"), name
+        assert (recipe.init in NAMES) == (recipe.objective == "apt"), name

@@ -17,10 +17,10 @@ from torch import nn
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import DiT
 from tests.training.toys import OPTIM, RUN, Regression, ToyConfig, in_processes
-from training import journal, loop, state
-from training.config import ParallelConfig, RunConfig
+from training import apt, distill, journal, loop, pretrain, state
+from training.config import ParallelConfig, RunConfig, override
 from training.loop import Session
-from training.parallel import Layers, Processes, UlyssesAttention, connect, gather, split
+from training.parallel import Layers, Processes, UlyssesAttention, connect, gather, split, weight_parts
 from training.pretrain import Latents, Pretraining, PretrainStage
 from training.restorer import Restorer
 
@@ -49,11 +49,13 @@ def alive(module: nn.Module) -> nn.Module:
     return module
 
 
-def train(directory, model, latents_folder, parallel=None, session=None, **changes):
+def train(directory, model, latents_folder, parallel=None, session=None, batch_tokens=None, **changes):
+    session = session or Session()
     run = RunConfig(steps=STEPS, micro_batches=4, ema=0.9, save_every=2, validate_every=2, log_norms_every=1)
     run = replace(run, parallel=parallel or ParallelConfig(), **changes)
-    config = Pretraining(model=model, run=run, optim=replace(OPTIM, lr=1e-3), batch=2)
-    stage = PretrainStage(config, Latents(latents_folder, seed=0), alive(Restorer(model)))
+    config = Pretraining(model=model, run=run, optim=replace(OPTIM, lr=1e-3), batch=2, batch_tokens=batch_tokens)
+    own = loop.resolved(config, session)
+    stage = PretrainStage(own, Latents(latents_folder, seed=0), alive(Restorer(model)))
     return loop.run(stage, config, {"g": config.optim}, directory, session)
 
 
@@ -93,6 +95,12 @@ def test_11_trajectories_equal_those_of_a_single_process(runs, kind):
     a, b = (journal.read(runs / name / "validation.jsonl") for name in ("single", kind))
     for one, other in zip(a, b, strict=True):
         assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("single", 0), ("fsdp", 2), ("on_4", 4)])
+def test_each_of_several_processes_leaves_a_heartbeat(runs, kind, world):
+    beats = [json.loads(path.read_text()) for path in sorted((runs / kind / journal.HEARTBEATS).glob("*"))]
+    assert len({beat["pid"] for beat in beats}) == world and all(beat["step"] == STEPS - 1 for beat in beats)
 
 
 @pytest.mark.parametrize("kind", [*KINDS[2], *KINDS[4], "on_1", "on_4"])
@@ -208,6 +216,42 @@ def test_micro_batches_keep_their_numbers_whoever_computes_them():
         assert all(seen[rank] == seen[rank - rank % sp] for rank in range(world))
     with pytest.raises(SettingError, match="3 micro-batches cannot be dealt to 2"):
         Processes(world=2).micros(3)
+    alone, third = Processes(), Processes(rank=5, world=8, config=ParallelConfig(sp=2))
+    assert (alone.total_micros(None), alone.micros(None)) == (1, range(1))
+    assert (third.total_micros(None), third.micros(None)) == (4, range(2, 3))
+
+
+@pytest.mark.parametrize("stage", [pretrain, distill, apt], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize(("world", "changes"), [(8, ["sp=4"]), (72, ["replicate=9", "sp=4"])], ids=str)
+def test_the_commands_of_the_guide_give_every_group_one_micro_batch(stage, world, changes):
+    for name, recipe in stage.RECIPES.items():
+        if name == "nano" or recipe.model.heads % 4:
+            continue
+        config = override(recipe, [f"run.parallel.{change}" for change in changes])
+        weights = weight_parts(config.run.parallel, world)
+        assert weights * config.run.parallel.replicate == world
+        for rank in (0, world - 1):
+            session = Session(processes=Processes(rank=rank, world=world, config=config.run.parallel))
+            own = loop.resolved(config, session)
+            assert own.run.micro_batches == world // 4
+            assert list(session.processes.micros(own.run.micro_batches)) == [rank // 4]
+
+
+def train_half(root, model, latents_folder, init_method):
+    session = Session(processes=connect(ParallelConfig(), CPU, init_method), most_steps=2)
+    with pytest.raises(loop.Preempted):
+        train(root / "grown", model, latents_folder, session=session, batch_tokens=16, micro_batches=None)
+
+
+def test_a_batch_grows_with_the_processes_and_a_run_may_go_on_in_others(tmp_path, tiny_dit, latents_folder):
+    in_processes(2, train_half, tmp_path / "meeting", tmp_path, tiny_dit, latents_folder)
+    train(tmp_path / "fixed", tiny_dit, latents_folder, batch_tokens=16, micro_batches=2)
+    grown, fixed = (journal.read(tmp_path / name / "metrics.jsonl") for name in ("grown", "fixed"))
+    assert [row["loss"] for row in grown] == pytest.approx([row["loss"] for row in fixed[:2]], rel=1e-5)
+    train(tmp_path / "grown", tiny_dit, latents_folder, batch_tokens=16, micro_batches=None)
+    grown = journal.read(tmp_path / "grown/metrics.jsonl")
+    assert [row["step"] for row in grown] == list(range(STEPS))
+    assert "micro_batches: null" in (tmp_path / "grown/config.yaml").read_text()
 
 
 def test_processes_that_do_not_multiply_are_refused(monkeypatch):

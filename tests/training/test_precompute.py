@@ -17,6 +17,7 @@ from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.models.vae import VAEConfig, VideoVAE
 from tests.training.test_data import write_clip
 from training import precompute
+from training.config import to_yaml
 from training.data import DataConfig, Dataset
 from training.precompute import (
     REPLACED,
@@ -33,7 +34,7 @@ from training.precompute import (
 )
 from training.procedural import still
 from training.shards import Latents, ShardReader
-from training.weights import published
+from training.weights import latent_scale, open_vae, published
 
 CONFIG = Precompute(
     vae=Path("unused"),
@@ -102,6 +103,34 @@ def test_shapes_of_one_area_become_buckets(folder):
     shapes = {tuple(bucket)[1:] for bucket in latents.store.buckets if bucket.t == 1}
     assert 1 < len(shapes) <= 3
     assert all(h * w in range(8, 33) for h, w in shapes)
+
+
+def test_the_scale_is_the_autoencoders_own_and_measured_only_where_it_began_with_nothing(folder, vae, tmp_path):
+    """What is learnt on latents has to meet the same numbers at inference."""
+    assert Latents(folder, seed=0).scale == vae.config.scale == 1.0
+    for name, init in (("scratch", None), ("tuned", "nano")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(to_yaml({"init": init}))
+    nano = open_vae("nano")
+    assert latent_scale("nano", nano) == latent_scale(tmp_path / "tuned", vae) == nano.config.scale != 1
+    assert latent_scale(tmp_path / "scratch", vae) is None
+
+
+def test_pixels_are_rounded_once_on_their_way_into_a_coarse_type():
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
+
+    class Seen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+
+        def encode(self, clip):
+            self.clip = clip
+            return torch.zeros(1, 32, 1, 2, 2)
+
+    vae = Seen()
+    encode(vae, codes, None)
+    assert torch.equal(vae.clip, (codes.float() / 255 * 2 - 1).bfloat16())
 
 
 def test_a_second_run_makes_nothing_again(folder, vae, monkeypatch):

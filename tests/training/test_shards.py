@@ -13,6 +13,7 @@ from safetensors.torch import load
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
 from training.buckets import tokens
+from training.curriculum import Phase
 from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, write_shard
 
 IMAGE, CLIP = Grid(1, 4, 4), Grid(2, 4, 6)
@@ -82,6 +83,12 @@ def test_the_scale_makes_the_variance_of_all_clean_latents_one(folder, latents):
     assert latents.scale == pytest.approx(1 / everything.std().item(), rel=1e-4)
 
 
+def test_an_autoencoder_that_has_a_scale_keeps_it(tmp_path):
+    write_shard(tmp_path, "image-000000", [("0", pair(0, IMAGE))], SETTINGS)
+    build_index(tmp_path, ["image-000000"], scale=0.9152)
+    assert Latents(tmp_path, seed=0).scale == 0.9152
+
+
 def test_equal_samples_make_equal_files(folder, tmp_path):
     write(tmp_path)
     assert (tmp_path / "image-000000.tar").read_bytes() == (folder / "image-000000.tar").read_bytes()
@@ -117,7 +124,7 @@ def test_shards_and_plain_files_make_the_same_batches(tmp_path):
 def test_held_out_samples_are_in_no_batch(latents):
     kept = {round(z.sum().item(), 3) for hq, _ in latents.held_out() for z in hq}
     drawn = {round(z.sum().item(), 3) for step in range(30) for z in latents.batch(step, 4)[0]}
-    planned = {round(z.sum().item(), 3) for step in range(20) for z in latents.planned(step, 200, tail="keep").hq}
+    planned = {round(z.sum().item(), 3) for step in range(20) for z in latents.planned(step, 200).hq}
     shapes = range(len(latents.shapes))
     drawn |= {round(z.sum().item(), 3) for number in shapes for z in latents.of_shape(number, 200, "apt/g", 0).hq}
     assert len(kept) == 2 * HELD_OUT
@@ -136,9 +143,46 @@ def test_a_planned_batch_has_one_shape_and_keeps_its_budget(latents):
 
 
 def test_micro_batches_are_parts_of_the_planned_batch(latents):
-    parts = [latents.planned(2, 64, micro=micro, micros=2) for micro in range(2)]
-    whole = latents.plan(64, 2)(2)
+    parts = [latents.planned(2, 32, micro=micro, micros=2) for micro in range(2)]
+    whole = latents.plan(32, 2)(2)
     assert np.array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
+
+
+def many_shapes(folder) -> Latents:
+    """Clips of ten shapes, three of each."""
+    grids = [Grid(3, 4, 4 + 2 * i) for i in range(10) for _ in range(3)]
+    write_shard(folder, "clip-000000", ((f"{n}", pair(n, grid)) for n, grid in enumerate(grids)), SETTINGS)
+    build_index(folder, ["clip-000000"])
+    return Latents(folder, seed=0)
+
+
+def test_as_many_are_held_out_of_a_kind_whatever_its_shapes(tmp_path):
+    latents = many_shapes(tmp_path)
+    assert sum(len(hq) for hq, _ in latents.held_out()) == HELD_OUT
+    taught = {n for group in range(len(latents.shapes)) for n in latents.of_shape(group, 40, "apt/g", 0).ids}
+    assert taught == set(range(HELD_OUT, 30))
+
+
+def test_a_shape_with_fewer_samples_than_micro_batches_fills_them_all(tmp_path):
+    latents = many_shapes(tmp_path)
+    sizes = {len(latents.planned(step, 20, micro=micro, micros=8).ids) for step in range(6) for micro in range(8)}
+    assert min(sizes) >= 1
+
+
+def test_a_phase_takes_its_own_samples_as_long_as_it_says_and_spends_the_budget_on_them(latents):
+    clips = Phase(share=1.0, frames=(5,))
+    for step in range(4):
+        batch = latents.planned(step, budget=24, phase=clips)
+        assert batch.bucket == (2, 4, 6) and batch.hq.shape[2:] == batch.lq.shape[2:] == batch.bucket
+        assert len(batch.ids) == 24 // tokens(batch.bucket)
+
+
+def test_a_phase_of_shorter_clips_cuts_longer_ones(tmp_path):
+    latents = many_shapes(tmp_path)
+    whole = latents.planned(1, 120, phase=Phase(share=1.0))
+    short = latents.planned(1, 120, phase=Phase(share=1.0, frames=(5,)))
+    assert whole.hq.shape[2] == 3 and short.hq.shape[2] == short.lq.shape[2] == short.bucket.t == 2
+    assert len(whole.ids) == 120 // tokens(whole.bucket) and len(short.ids) == 120 // tokens(short.bucket)
 
 
 def test_both_variants_of_a_sample_are_used(latents):

@@ -10,8 +10,9 @@ from torch import nn
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from training import distill, loop, pretrain
-from training.apt import AdversarialStage, DiscConfig, Phase, PostTraining
+from training.apt import AdversarialStage, DiscConfig, PostTraining
 from training.config import OptimConfig, RunConfig
+from training.curriculum import Phase
 from training.discriminator import Discriminator
 from training.distill import Distillation, HalvingStage
 from training.lora import AdaptedAdversarialStage, Base, LoraConfig, LoraTraining, flow_matching
@@ -247,8 +248,8 @@ def test_what_comes_after_flow_matching_is_taught_good_texts_alone(tiny_dit):
     with pytest.raises(SettingError, match=r"training\.pretrain"):
         PostTraining(**share, g=OPTIM, d=OPTIM, pretrained="unused", distilled="unused")
     with pytest.raises(SettingError, match=r"training\.lora"):
-        LoraTraining(**share, g=OPTIM, init="unused", objective="apt")
-    assert LoraTraining(**share, g=OPTIM, init="unused").text.negative_fraction == 0.1
+        LoraTraining(**share, g=OPTIM, init="unused")
+    assert LoraTraining(**share, g=OPTIM, init="unused", objective="flow").text.negative_fraction == 0.1
 
 
 @pytest.mark.parametrize("name", ["3b", "7b", "7b_scratch"])

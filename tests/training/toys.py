@@ -79,6 +79,11 @@ class Regression:
         return ()
 
 
+def untimed(row: dict[str, float]) -> dict[str, float]:
+    """What a stage logs, without what is never twice the same."""
+    return {name: value for name, value in row.items() if name != "data_seconds"}
+
+
 def in_processes(world: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What `work(*args)` returns in each of `world` processes that can `training.parallel.connect` to each other.
 

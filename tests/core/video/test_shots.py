@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seedvr2_core.video.shots import scene_cuts, split_shots
 from training.data import CLIP_SUFFIXES, decode, list_media
 from training.randomness import rng
-from training.shots import scene_cuts, split_shots
 
 
 def shot(index: int, frames: int = 6) -> np.ndarray:
