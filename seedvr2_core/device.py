@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Compute capability of the first GPUs whose tensor cores multiply bf16.
+AMPERE = (8, 0)
 # Assumed where the system does not say how much memory is free, in bytes.
 UNKNOWN_FREE = 4 << 30
 
@@ -41,8 +43,18 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return DTYPES[name]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and _cpu_has_bf16()
+    fast = _gpu_has_bf16(device) if device.type == "cuda" else device.type == "cpu" and _cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _gpu_has_bf16(device: torch.device) -> bool:
+    """What torch says counts emulation, which is slower than fp32, and is about the current device only."""
+    if torch.cuda.get_device_capability(device) >= AMPERE:
+        return True
+    log.info(
+        "%s has no bf16, so it computes in fp32, which takes twice the memory", torch.cuda.get_device_name(device)
+    )
+    return False
 
 
 def _cpu_has_bf16() -> bool:

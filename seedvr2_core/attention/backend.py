@@ -13,8 +13,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..device import AMPERE
+
 # What the fused kernels are written for.
-HEAD_STEP, MAX_HEAD_DIM, OLDEST_GPU = 8, 256, (8, 0)
+HEAD_STEP, MAX_HEAD_DIM = 8, 256
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,6 @@ def needs_half_on_cuda(call: AttentionCall) -> str | None:
         return f"needs fp16 or bf16, got {str(call.q.dtype).removeprefix('torch.')}"
     if (d := call.q.shape[-1]) % HEAD_STEP or d > MAX_HEAD_DIM:
         return f"needs heads of up to {MAX_HEAD_DIM} channels, in multiples of {HEAD_STEP}, got {d}"
-    if (capability := torch.cuda.get_device_capability(call.q.device)) < OLDEST_GPU:
-        return "needs compute capability {}.{} or later, got {}.{}".format(*OLDEST_GPU, *capability)
+    if (capability := torch.cuda.get_device_capability(call.q.device)) < AMPERE:
+        return "needs compute capability {}.{} or later, got {}.{}".format(*AMPERE, *capability)
     return None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from .backend import AttentionCall, Backend, needs_half_on_cuda
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+THERE = find_spec("torch.nn.attention.varlen") is not None
 
 
 def why_not(call: AttentionCall) -> str | None:
-    if varlen_attn is None:
+    if not THERE:
         return "needs torch 2.10 or later"
     return needs_half_on_cuda(call)
 
 
 def run(call: AttentionCall) -> Tensor:
+    # Late: with it comes torch's whole compiler, which takes as long to import as all the rest.
+    from torch.nn.attention.varlen import varlen_attn
+
     cu_seqlens, longest = call.sequences.cu_seqlens, max(call.sequences.lengths)
     return varlen_attn(call.q, call.k, call.v, cu_seqlens, cu_seqlens, longest, longest)
 

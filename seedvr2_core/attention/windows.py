@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.frame_attention import Tile
+
 # A tile of two heads' worth of keys and values must fit shared memory.
 MAX_HEAD_DIM = 256
 
@@ -93,20 +95,6 @@ class WindowCall:
     windows: WindowMap
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """What one program computes: `queries` rows of a window, `keys` at a time."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int  # loads in flight
-
-    @property
-    def name(self) -> str:
-        return f"{self.queries}x{self.keys}"
-
-
 TILES = (
     # Two warpgroups. 96 KiB of shared memory on Hopper and 64 before, for 16 bits and heads of 128.
     Tile(queries=128, keys=64, warps=8, stages=2),
@@ -122,7 +110,7 @@ def tiles(d: int) -> tuple[Tile, ...]:
     return TILES if d <= MAX_HEAD_DIM else ()
 
 
-def attend(call: WindowCall, tile: Tile = TILES[0]) -> tuple[Tensor, Tensor | None]:
+def attend(call: WindowCall, tile: Tile) -> tuple[Tensor, Tensor | None]:
     """Run the kernel, on a GPU and in fp16 or bf16.
 
     Returns:

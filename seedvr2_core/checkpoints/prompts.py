@@ -22,14 +22,13 @@ class Prompts:
     negative: Tensor | None  # l c; published 64 5120; only guidance needs it
 
 
-def load_prompts(path: Path, folder: Path | None = None) -> Prompts:
+def load_prompts(path: Path) -> Prompts:
     """Load the prompt embeddings that belong to a transformer.
 
-    They are taken from inside its file, else from `pos_emb.pt` and `neg_emb.pt` beside it, else from `folder`.
+    They are taken from inside its file, else from `pos_emb.pt` and `neg_emb.pt` beside it.
 
     Args:
         path: file of a transformer, or of prompt embeddings.
-        folder: where else to look.
 
     Raises:
         CheckpointError: there is no positive embedding, its width is not the model's, or a `pos_emb.pt` or
@@ -41,7 +40,7 @@ def load_prompts(path: Path, folder: Path | None = None) -> Prompts:
         tensors = checkpoint.read(inside.values())
         prompts = {sign: tensors[name] for sign, name in inside.items()}
     else:
-        prompts = _published([checkpoint.path.parent, *([Path(folder)] if folder else [])])
+        prompts = _published(checkpoint.path.parent)
     if "positive" not in prompts:
         raise CheckpointError(
             f"{checkpoint.path.name} holds no positive prompt embedding and there is no {PROMPTS['positive'].file} "
@@ -57,12 +56,12 @@ def load_prompts(path: Path, folder: Path | None = None) -> Prompts:
     return Prompts(positive=prompts["positive"], negative=prompts.get("negative"))
 
 
-def _published(folders: list[Path]) -> dict[str, Tensor]:
-    """The published embeddings found in these folders, the first folder first."""
+def _published(folder: Path) -> dict[str, Tensor]:
+    """The published embeddings found in a folder."""
     found = {}
     for sign, published in PROMPTS.items():
-        file = next((f / published.file for f in folders if (f / published.file).is_file()), None)
-        if file is None:
+        file = folder / published.file
+        if not file.is_file():
             continue
         if (sha256 := sha256_of(file)) != published.sha256:
             raise CheckpointError(

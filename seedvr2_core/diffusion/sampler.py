@@ -16,37 +16,23 @@ from .schedule import to_data, to_noise, trailing_times
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def sample(
-    velocity: Velocity, noise: Tensor, steps: int = 1, on_step: Callable[[int, int], None] | None = None
-) -> Tensor:
+def sample(velocity: Velocity, noise: Tensor, steps: int = 1) -> Tensor:
     """Clean latent reached from `noise` in Euler steps over trailing times. One step is noise - v(noise, 1).
 
     Args:
         velocity: the model.
         noise: b c t h w, unit Gaussian, fp32 (the path is kept in its type).
         steps: model calls; SeedVR2 was distilled to 1.
-        on_step: called as on_step(done, total); it may raise to cancel.
     """
     times = [*trailing_times(steps), 0.0]
     x = noise
-    for index, (u, to) in enumerate(pairwise(times)):
+    for u, to in pairwise(times):
         v = velocity(x, u).to(x.dtype)
         data = to_data(x, v, u)
         x = data if to == 0 else (1 - to) * data + to * to_noise(x, v, u)
-        if on_step:
-            on_step(index + 1, steps)
     return x
 
 
-def guide(positive: Tensor, negative: Tensor, scale: float, rescale: float = 0.0, dim: int = 1) -> Tensor:
-    """Classifier-free guidance: negative + scale (positive - negative).
-
-    Args:
-        rescale: 0..1, how far to bring the spread over channels back to that of `positive`.
-        dim: the channel axis. The published code takes the spread per latent position, not per clip.
-    """
-    guided = negative + scale * (positive - negative)
-    if rescale == 0:
-        return guided
-    factor = positive.std(dim, keepdim=True) / guided.std(dim, keepdim=True)
-    return guided * (rescale * factor + 1 - rescale)
+def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: negative + scale (positive - negative)."""
+    return negative + scale * (positive - negative)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,12 +68,7 @@ def tiles(capability: tuple[int, int], c_in: int, c_out: int) -> list[Tile]:
 
 
 def causal_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    tile: Tile,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Convolution with stride 1, no padding in time and one zero on every side in space, + bias + residual.
 
@@ -84,14 +78,13 @@ def causal_conv3d(
         tile: of `tiles`.
         bias: c_out.
         residual: b c_out t h w, channels-last frames.
-        out: b c_out t h w, channels-last frames, not a part of x; may be the residual itself.
 
     Returns:
         b c_out t h w, in the type of x.
     """
     from .triton_causal_conv3d import run
 
-    return run(x, weight, tile, bias, residual, _output(x, weight, out))
+    return run(x, weight, tile, bias, residual)
 
 
 def causal_conv3d_with_statistics(
@@ -101,27 +94,16 @@ def causal_conv3d_with_statistics(
     groups: int,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """`causal_conv3d`, and the moments of what is stored for a GroupNorm that follows."""
     from .triton_causal_conv3d import run_with_statistics
 
-    out = _output(x, weight, out)
     width = weight.shape[0] // groups
     if width & (width - 1) or width > tile.channels:
         # Groups that a tile does not hold whole.
-        return causal_conv3d(x, weight, tile, bias, residual, out), group_statistics(out, groups)
-    return run_with_statistics(x, weight, tile, groups, bias, residual, out)
-
-
-def _output(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    b, _, extended, h, w = x.shape
-    shape = (b, weight.shape[0], extended - weight.shape[2] + 1, h, w)
-    if out is None:
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    if out.shape != shape:
-        raise ValueError(f"the output of this convolution has shape {shape}, got {(*out.shape,)}")
-    return out
+        out = causal_conv3d(x, weight, tile, bias, residual)
+        return out, group_statistics(out, groups)
+    return run_with_statistics(x, weight, tile, groups, bias, residual)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..device import AMPERE
 from ..errors import SeedVR2Error
 
 log = logging.getLogger(__name__)
 
 LIBRARY = "library"
-# Tensor cores that multiply bf16 came with Ampere.
-OLDEST_GPU = (8, 0)
 # Less than this is not worth a second code path, and within the noise of a timing.
 WORTH = 0.97
 WARM_UPS, RUNS = 2, 5
@@ -57,8 +56,8 @@ def why_not(device: torch.device) -> str | None:
         return f"needs a CUDA device, got {device.type}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; on others these kernels are untested"
-    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
-        return "needs compute capability 8.0 or later, got {}.{}".format(*capability)
+    if (capability := torch.cuda.get_device_capability(device)) < AMPERE:
+        return "needs compute capability {}.{} or later, got {}.{}".format(*AMPERE, *capability)
     return None
 
 

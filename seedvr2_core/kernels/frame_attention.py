@@ -21,7 +21,7 @@ ROOMY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program computes: `queries` positions, `keys` at a time."""
+    """What one program of an attention kernel computes: `queries` positions, `keys` at a time."""
 
     queries: int
     keys: int
@@ -51,7 +51,7 @@ def tiles(capability: tuple[int, int], channels: int) -> tuple[Tile, ...]:
     return TILES if capability in ROOMY else TILES[-1:]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile = TILES[0]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> Tensor:
     """softmax(q k^T / sqrt(c)) v of every frame: n l c in and out."""
     from .triton_frame_attention import run
 

@@ -62,16 +62,11 @@ def frames_of(x: Tensor) -> Frames:
     return Frames(b, t, c, h, w, x.stride(0), x.stride(2))
 
 
-def group_statistics(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
-    """Moments of x + bias.
-
-    Args:
-        x: b c t h w or n c h w, channels-last frames.
-        bias: c, of the convolution that made x, where it has not been added.
-    """
+def group_statistics(x: Tensor, groups: int) -> Moments:
+    """Moments of b c t h w or n c h w, channels-last frames."""
     from .triton_group_norm import statistics
 
-    return statistics(x, groups, bias=bias)
+    return statistics(x, groups)
 
 
 def add_residual(
@@ -90,43 +85,17 @@ def add_residual(
     return out, statistics(x, groups, bias=bias, residual=residual, out=out)
 
 
-def apply_norm_silu(
-    x: Tensor,
-    moments: Moments,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out: Tensor | None = None,
-    added: Tensor | None = None,
-) -> Tensor:
-    """silu(norm(x + added)), written into `out` if given.
+def apply_norm_silu(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(norm(x)).
 
     Args:
         x: b c t h w or n c h w, channels-last frames.
-        moments: of x + added.
+        moments: of x.
         weight, bias: c, of the norm.
-        out: of the shape of x; may be a part of a larger buffer, such as the frames after the two that a causal
-            convolution remembers, or x itself.
-        added: c, the bias of the convolution that made x, where it has not been added.
     """
     from .triton_group_norm import apply
 
-    return apply(x, moments, weight, bias, eps, torch.empty_like(x) if out is None else out, added, silu=True)
-
-
-def apply_norm(
-    x: Tensor,
-    moments: Moments,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out: Tensor | None = None,
-    added: Tensor | None = None,
-) -> Tensor:
-    """norm(x + added), otherwise as `apply_norm_silu`: what the attention of the middle block wants."""
-    from .triton_group_norm import apply
-
-    return apply(x, moments, weight, bias, eps, torch.empty_like(x) if out is None else out, added, silu=False)
+    return apply(x, moments, weight, bias, eps)
 
 
 # The library's way.
@@ -155,8 +124,8 @@ def torch_apply_norm_silu(x: Tensor, moments: Moments, weight: Tensor, bias: Ten
 # The references.
 
 
-def reference_statistics(x: Tensor, groups: int, bias: Tensor | None = None) -> Moments:
-    planes = _with(_planes(x), bias).unflatten(1, (groups, -1)).flatten(2)
+def reference_statistics(x: Tensor, groups: int) -> Moments:
+    planes = _planes(x).unflatten(1, (groups, -1)).flatten(2)
     return Moments(planes.sum(-1), planes.square().sum(-1))
 
 
@@ -168,26 +137,13 @@ def reference_add_residual(
     return out, reference_statistics(out, groups)
 
 
-def reference_apply_norm_silu(
-    x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None = None
-) -> Tensor:
-    return F.silu(_normalise(x, moments, weight, bias, eps, added)).to(x.dtype)
-
-
-def reference_apply_norm(
-    x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None = None
-) -> Tensor:
-    return _normalise(x, moments, weight, bias, eps, added).to(x.dtype)
-
-
-def _normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None) -> Tensor:
-    planes = _with(_planes(x), added)
-    grouped = planes.unflatten(1, (moments.sums.shape[1], -1))
+def reference_apply_norm_silu(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    grouped = _planes(x).unflatten(1, (moments.sums.shape[1], -1))
     count = grouped[0, 0].numel()
     mean = (moments.sums / count)[:, :, None, None, None]
     variance = (moments.squares / count)[:, :, None, None, None] - mean.square()
     grouped = (grouped - mean) * torch.rsqrt(variance.clamp_min(0) + eps)
-    y = _with(grouped.flatten(1, 2) * weight.float()[:, None, None], bias)
+    y = F.silu(_with(grouped.flatten(1, 2) * weight.float()[:, None, None], bias)).to(x.dtype)
     return y if x.ndim == 4 else y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 

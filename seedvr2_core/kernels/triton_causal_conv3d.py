@@ -197,27 +197,29 @@ def pointer_kernel(
     )  # fmt: skip
 
 
-def run(x: Tensor, weight: Tensor, tile: Tile, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
+def run(x: Tensor, weight: Tensor, tile: Tile, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """See `causal_conv3d.causal_conv3d`."""
+    out = _output(x, weight)
     _launch(x, weight, tile, bias, residual, out, None, 1)
     return out
 
 
 def run_with_statistics(
-    x: Tensor,
-    weight: Tensor,
-    tile: Tile,
-    groups: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
+    x: Tensor, weight: Tensor, tile: Tile, groups: int, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Moments]:
     """See `causal_conv3d.causal_conv3d_with_statistics`."""
+    out = _output(x, weight)
     at = frames_of(out)
     boxes = triton.cdiv(at.height, tile.rows) * triton.cdiv(at.width, tile.columns)
     partials = torch.empty(2, at.count, boxes, groups, dtype=torch.float32, device=x.device)
     _launch(x, weight, tile, bias, residual, out, partials, groups)
     return out, Moments(*partials.sum(2).unbind(0))
+
+
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    b, _, extended, h, w = x.shape
+    shape = (b, weight.shape[0], extended - weight.shape[2] + 1, h, w)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
 def _launch(

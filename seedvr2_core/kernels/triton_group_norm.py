@@ -84,7 +84,6 @@ def apply_kernel(
     squares,
     weight,  # C
     bias,  # C
-    added,  # C, or None
     out,
     FRAMES,
     P,
@@ -96,7 +95,6 @@ def apply_kernel(
     out_frame,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
-    SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -112,12 +110,9 @@ def apply_kernel(
     # Rounding can leave a constant group a hair below zero.
     variance = tl.maximum(tl.load(squares + group, mask=real, other=0.0) * share - mean * mean, 0.0)
     scale = tl.load(weight + c, mask=real, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)
-    if added is not None:
-        mean -= tl.load(added + c, mask=real, other=0.0).to(tl.float32)
     shift = tl.load(bias + c, mask=real, other=0.0).to(tl.float32) - mean * scale
     value = value * scale[None, :] + shift[None, :]
-    if SILU:
-        value = value / (1.0 + tl.exp(-value))
+    value = value / (1.0 + tl.exp(-value))
     tl.store(out + _frame(FRAMES, out_clip, out_frame) + where, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -142,18 +137,9 @@ def statistics(
     return Moments(*partials.sum(2).unflatten(-1, (groups, -1)).sum(-1).unbind(0))
 
 
-def apply(
-    x: Tensor,
-    moments: Moments,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out: Tensor,
-    added: Tensor | None,
-    silu: bool,
-) -> Tensor:
-    """See `group_norm.apply_norm_silu` and `group_norm.apply_norm`."""
-    at = frames_of(x)
+def apply(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `group_norm.apply_norm_silu`."""
+    at, out = frames_of(x), torch.empty_like(x)
     groups = moments.sums.shape[1]
     block = _block(at.channels)
     with torch.cuda.device_of(x):
@@ -163,7 +149,6 @@ def apply(
             moments.squares,
             weight,
             bias,
-            added,
             out,
             at.frames,
             at.pixels,
@@ -171,7 +156,6 @@ def apply(
             eps,
             *_strides(at, frames_of(out)),
             GROUPS=groups,
-            SILU=silu,
             **block,
             num_warps=WARPS,
         )

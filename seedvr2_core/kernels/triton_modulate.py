@@ -12,41 +12,37 @@ WARPS = 4
 
 
 @triton.jit
-def _row(rows, sample, c, C: tl.constexpr):
-    """This token's row of s C, in fp32."""
-    if sample is not None:
-        rows += tl.load(sample + tl.program_id(0)).to(tl.int64) * C
-    return tl.load(rows + c, mask=c < C, other=0.0).to(tl.float32)
+def _row(row, c, C: tl.constexpr):
+    return tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def norm_modulate_kernel(x, scale, shift, sample, out, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+def norm_modulate_kernel(x, scale, shift, out, eps, C: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     start = tl.program_id(0).to(tl.int64) * C
     value = tl.load(x + start + c, mask=c < C, other=0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / C + eps)
-    value = value * _row(scale, sample, c, C) + _row(shift, sample, c, C)
+    value = value * _row(scale, c, C) + _row(shift, c, C)
     tl.store(out + start + c, value.to(out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
-def gate_residual_kernel(x, y, gate, sample, out, C: tl.constexpr, BLOCK: tl.constexpr):
+def gate_residual_kernel(x, y, gate, out, C: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     start = tl.program_id(0).to(tl.int64) * C
-    value = tl.load(y + start + c, mask=c < C, other=0.0).to(tl.float32) * _row(gate, sample, c, C)
+    value = tl.load(y + start + c, mask=c < C, other=0.0).to(tl.float32) * _row(gate, c, C)
     value += tl.load(x + start + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(out + start + c, value.to(out.dtype.element_ty), mask=c < C)
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, sample: Tensor | None, out: Tensor) -> Tensor:
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """See `modulate.norm_modulate`."""
-    tokens, channels = x.shape
+    out, (tokens, channels) = torch.empty_like(x), x.shape
     with torch.cuda.device_of(x):
         norm_modulate_kernel[(tokens,)](
             x,
             scale.contiguous(),
             shift.contiguous(),
-            sample,
             out,
             eps,
             C=channels,
@@ -56,11 +52,11 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, sample: T
     return out
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor, sample: Tensor | None, out: Tensor) -> Tensor:
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """See `modulate.gate_residual`."""
-    tokens, channels = x.shape
+    out, (tokens, channels) = torch.empty_like(x), x.shape
     with torch.cuda.device_of(x):
         gate_residual_kernel[(tokens,)](
-            x, y, gate.contiguous(), sample, out, C=channels, BLOCK=triton.next_power_of_2(channels), num_warps=WARPS
+            x, y, gate.contiguous(), out, C=channels, BLOCK=triton.next_power_of_2(channels), num_warps=WARPS
         )
     return out

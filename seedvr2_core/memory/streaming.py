@@ -266,6 +266,7 @@ class StreamedBlocks:
         # Last, when the weights that have left have made room.
         places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(PLACES, streamed))]
         self._places = {index: places[turn % PLACES] for index, turn in turns.items()}
+        self._coming: Arrival | None = None
         for index, place in self._places.items():
             self._assign(index, place)
 
@@ -274,15 +275,19 @@ class StreamedBlocks:
 
     def __iter__(self) -> Iterator[nn.Module]:
         arrivals = (self._fetch(index) for index in self._stored)
-        coming = next(arrivals, None)
+        self._coming = next(arrivals, None)
         for index, block in enumerate(self.blocks):
             if index in self._stored:
-                coming()
-                coming = next(arrivals, None)
+                self._coming()
+                self._coming = next(arrivals, None)
             yield block
 
     @torch.inference_mode(False)
     def close(self) -> None:
+        if self._coming:
+            # The pass was cut short. Whoever gets the memory of its place next must not be written over.
+            self._coming()
+            self._coming = None
         for index, stored in self._stored.items():
             if stored.complete is not None:
                 stored.complete.synchronize()

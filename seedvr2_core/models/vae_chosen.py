@@ -10,24 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..kernels import Choices, Moments, Question, causal_conv3d, frame_attention, group_norm, rounded
 from ..kernels.causal_conv3d import Tile
+from .frames import Frames, ThreeTaps, stacked
 from .vae import CausalState, FrameNorm, attend_to_frame
-
-Frames = list[Tensor]
-
-
-class Taps(Protocol):
-    """The library's way to convolve, see `vae_fast.ThreeTaps`."""
-
-    def still(self, frame: Tensor) -> Tensor: ...
-
-    def moving(self, frames: Frames) -> Frames: ...
 
 
 class ChosenNormSilu:
@@ -65,7 +55,7 @@ class Convolved(NamedTuple):
 class ChosenConv:
     """Stands in for `TemporalConv`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, taps: Taps, bare: Taps, choices: Choices):
+    def __init__(self, weight: Tensor, bias: Tensor, taps: ThreeTaps, bare: ThreeTaps, choices: Choices):
         """
         Args:
             weight: c_out c_in 3 3 3, in memory format channels_last_3d.
@@ -131,7 +121,7 @@ class ChosenConv:
             # The first frame meets itself under every tap.
             x, weight = frames[0].unsqueeze(2), self.weight.sum(2, keepdim=True)
         else:
-            x, weight = _stacked(frames), self.weight
+            x, weight = stacked(frames), self.weight
         out = []
         # Frame by frame: residuals and results are tensors of their own, which a state can hold without the others.
         for index, residual in enumerate(residuals):
@@ -174,15 +164,8 @@ def attend(choices: Choices, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return choices.run(question, partial(attend_to_frame, q, k, v), kernels)
 
 
-def _by(taps: Taps, frames: Frames) -> Frames:
+def _by(taps: ThreeTaps, frames: Frames) -> Frames:
     return [taps.still(frames[0])] if len(frames) == 1 else taps.moving(frames)
-
-
-def _stacked(frames: Frames) -> Tensor:
-    """b c t h w, every frame in channels-last memory."""
-    b, c, h, w = frames[0].shape
-    out = frames[0].new_empty(b, len(frames), h, w, c).permute(0, 4, 1, 2, 3)
-    return torch.stack(frames, dim=2, out=out)
 
 
 def _flatten(results: list[Convolved]) -> list[Tensor]:

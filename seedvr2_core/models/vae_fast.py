@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..kernels import Choices
 from . import vae_chosen
+from .frames import Frames, Taps, ThreeTaps, stacked
 from .row_split import RowSplit
 from .vae import (
     CausalConv3d,
@@ -49,8 +50,6 @@ from .vae import (
 )
 from .vae_chosen import ChosenConv, ChosenNormSilu, ChosenResnet
 from .winograd import WinogradTaps
-
-Frames = list[Tensor]
 
 # Positions of a frame whose values torch may add up one by one; see `large_norm`.
 SUMMED = 4096
@@ -396,18 +395,6 @@ class TemporalConv:
         return [self.split.trim(frame) for frame in out] if self.split else out
 
 
-class Taps(Protocol):
-    """How the taps of a convolution meet frames; all are padded by one row and column."""
-
-    def moving(self, frames: Frames) -> Frames:
-        """The results at the last n of n + 2 frames; or, of an upsampler, the one result of all frames."""
-
-
-class ThreeTaps(Taps, Protocol):
-    def still(self, frame: Tensor) -> Tensor:
-        """The result at a frame before which it was always the same."""
-
-
 def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> ThreeTaps:
     c, k = weight.shape[1], weight.shape[-1]
     if options.winograd_from is None or c < options.winograd_from:
@@ -471,10 +458,7 @@ class DirectTaps:
         return F.conv2d(frame, channels_last(self.weight.sum(2)), self.bias, padding=1)
 
     def moving(self, frames: Frames) -> Frames:
-        b, c, h, w = frames[0].shape
-        stacked = frames[0].new_empty(b, len(frames), h, w, c).permute(0, 4, 1, 2, 3)
-        torch.stack(frames, dim=2, out=stacked)
-        return list(F.conv3d(stacked, self.weight, self.bias, padding=(0, 1, 1)).unbind(2))
+        return list(F.conv3d(stacked(frames), self.weight, self.bias, padding=(0, 1, 1)).unbind(2))
 
 
 class SpatialDown:

@@ -45,16 +45,13 @@ def linear_weights(overlap: int) -> Tensor:
     return torch.arange(1, overlap + 1) / (overlap + 1)
 
 
-def crossfade(previous_tail: Tensor, current_head: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Blend the frames two chunks share, in the dtype given.
+def crossfade(previous_tail: Tensor, current_head: Tensor) -> Tensor:
+    """Blend the frames two chunks share by `linear_weights`, in the dtype given.
 
     Args:
         previous_tail: the last frames of the earlier chunk; axis 0 is time.
         current_head: the first frames of the later chunk, of the same shape.
-        weights: share of the later chunk per frame, 0..1; `linear_weights` if not given.
     """
-    if weights is None:
-        weights = linear_weights(len(current_head))
-    weights = weights.to(current_head.device).view(-1, *[1] * (current_head.dim() - 1))
+    weights = linear_weights(len(current_head)).to(current_head.device).view(-1, *[1] * (current_head.dim() - 1))
     # fp32: in half precision a slow fade moves in visible steps.
     return torch.lerp(previous_tail.float(), current_head.float(), weights).to(current_head.dtype)

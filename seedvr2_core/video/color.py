@@ -77,7 +77,7 @@ class ColorTransfer:
 
     def _frame(self, content: Tensor, style: Tensor) -> Tensor:
         if self.method in ("lab", "adain", "hsv", "wavelet_adaptive"):
-            self._shot = self._shot.followed_by(style)
+            self._shot.look_at(style)
         match self.method:
             case "wavelet":
                 return wavelet(content, style)
@@ -93,28 +93,30 @@ class ColorTransfer:
 
 
 class _Shot:
-    """Running averages since the last cut."""
+    """Running averages since the last cut. Whether there was one stays on the device, so that nobody waits for it."""
 
-    def __init__(self, look: Tensor | None = None) -> None:
-        self._look = look
+    def __init__(self) -> None:
+        self._look: Tensor | None = None
+        self._cut: Tensor | None = None  # whether the frame at hand begins a shot
         self._averages: dict[Hashable, Tensor] = {}
-        self._seen: dict[Hashable, int] = {}
+        self._seen: dict[Hashable, Tensor] = {}
         self._levels: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def followed_by(self, style: Tensor) -> _Shot:
-        """This shot, or a new one if the next input frame looks different."""
+    def look_at(self, style: Tensor) -> None:
+        """The next input frame: a shot ends where it looks different."""
         look = torch.stack(_moments(style))
+        before = look if self._look is None else self._look
         # Distance between two normal distributions, per channel.
-        if self._look is None or (look - self._look).norm(dim=0).max() > CUT:
-            return _Shot(look)
-        self._look = look
-        return self
+        self._look, self._cut = look, (look - before).norm(dim=0).max() > CUT
 
     def average(self, name: Hashable, value: Tensor) -> Tensor:
         """Plain mean of what was given under this name, turning into an exponential one after MEMORY frames."""
-        seen = self._seen[name] = self._seen.get(name, 0) + 1
-        mean = self._averages.get(name, value)
-        self._averages[name] = mean + (value - mean) / min(seen, MEMORY)
+        if name not in self._seen:
+            self._seen[name], self._averages[name] = torch.ones_like(self._cut, dtype=torch.long), value
+            return value
+        seen = self._seen[name] = self._seen[name].masked_fill(self._cut, 0) + 1
+        mean = torch.where(self._cut, value, self._averages[name])
+        self._averages[name] = mean + (value - mean) / seen.clamp_max(MEMORY)
         return self._averages[name]
 
     def adain(self, content: Tensor, style: Tensor) -> Tensor:
@@ -132,6 +134,9 @@ class _Shot:
         if enough:
             values_level, reference_level = self._levels[name] = values.mean(), reference.mean()
             self.average(name, torch.stack([_knots(values) - values_level, _knots(reference) - reference_level]))
+        elif name in self._levels and self._cut:
+            for kept in (self._levels, self._averages, self._seen):
+                del kept[name]
         if name not in self._levels:
             return values
         values_level, reference_level = self._levels[name]
@@ -318,16 +323,17 @@ def _from_hsv(hsv: Tensor) -> Tensor:
     return hsv_to_rgb(hsv).clamp(0, 1) * 2 - 1
 
 
-def _mixed(x: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
-    # Written out: a matrix product may run in TF32.
+def _mixed(x: Tensor, matrix: tuple[tuple[float, ...], ...]) -> list[Tensor]:
+    # Written out: a matrix product may run in TF32, and constants in a tensor make the host wait for the device.
     first, second, third = x.unbind(1)
-    return torch.stack([a * first + b * second + c * third for a, b, c in matrix], dim=1)
+    return [a * first + b * second + c * third for a, b, c in matrix]
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB T 3 H W, 0..1, to L 0..100, a and b about -128..127."""
     light = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = _mixed(light, RGB_TO_XYZ) / light.new_tensor(WHITE).view(3, 1, 1)
+    planes = _mixed(light, RGB_TO_XYZ)
+    xyz = torch.stack([plane / white for plane, white in zip(planes, WHITE, strict=True)], dim=1)
     x, y, z = torch.where(xyz > LINEAR**3, xyz ** (1 / 3), (SLOPE * xyz + 16) / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
@@ -337,8 +343,10 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116
     f = torch.stack([a / 500 + y, y, y - b / 200], dim=1)
-    xyz = torch.where(f > LINEAR, f**3, (116 * f - 16) / SLOPE) * f.new_tensor(WHITE).view(3, 1, 1)
-    light = _mixed(xyz, XYZ_TO_RGB)
+    xyz = torch.where(f > LINEAR, f**3, (116 * f - 16) / SLOPE)
+    for c, white in enumerate(WHITE):
+        xyz[:, c] *= white
+    light = torch.stack(_mixed(xyz, XYZ_TO_RGB), dim=1)
     rgb = torch.where(light > 0.0031308, 1.055 * light.clamp_min(0) ** (1 / 2.4) - 0.055, 12.92 * light)
     return rgb.clamp(0, 1)
 

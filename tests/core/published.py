@@ -14,6 +14,14 @@ from torch import Tensor
 from seedvr2_core.video.geometry import CLIP_MULTIPLE, LATENT_FRAMES, padded_length
 
 
+def area_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width with about as many pixels as rows x columns, in the proportions of a frame height x width. The
+    published script's way, with 720 x 1280."""
+    # The square root is squared again because the script does; it decides some roundings.
+    factor = math.sqrt(((rows * columns) ** 0.5) ** 2 / (height * width))
+    return round(height * factor), round(width * factor)
+
+
 def centre_crop(clip: Tensor, multiple: int = CLIP_MULTIPLE) -> Tensor:
     """The middle of ... H W, cut down to multiples. The published script's way; it loses up to 15 rows and columns."""
     height, width = clip.shape[-2:]

@@ -1,4 +1,4 @@
-"""Prompt embeddings: inside the file, beside it, or in another folder."""
+"""Prompt embeddings: inside the file, or beside it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +34,13 @@ def test_prompts_inside_the_file_come_first(write, dit, prefix):
     torch.testing.assert_close(found.negative.float(), inside["negative_conditioning"])
 
 
-@pytest.mark.parametrize("folder", ["models", "elsewhere"])
-def test_published_prompts_are_found_beside_the_file_or_in_a_folder(write, vae, published, folder, tmp_path):
+def test_published_prompts_are_found_beside_the_file(write, vae, published, tmp_path):
     # Any file without prompts of its own will do; a transformer of width 5120 would be too large for a test.
     path = write("models/vae.safetensors", vae.state_dict())
-    write(f"{folder}/pos_emb.pt", torch.full((58, 5120), 3.0, dtype=torch.bfloat16))
-    write(f"{folder}/neg_emb.pt", torch.zeros(64, 5120, dtype=torch.bfloat16))
-    published(tmp_path / folder)
-    found = load_prompts(path, tmp_path / "elsewhere")
+    write("models/pos_emb.pt", torch.full((58, 5120), 3.0, dtype=torch.bfloat16))
+    write("models/neg_emb.pt", torch.zeros(64, 5120, dtype=torch.bfloat16))
+    published(tmp_path / "models")
+    found = load_prompts(path)
     assert (found.positive.shape, found.positive[0, 0].item()) == ((58, 5120), 3.0)
     assert found.negative.shape == (64, 5120)
 

@@ -33,18 +33,14 @@ def norms() -> None:
     # Triton compiles anew where a size is 1; and the autoencoder hands over single frames, without anything to add.
     for x in (empty(1, 128, 6, 720, 1280)[:, :, 2:], empty(1, 512, 1, 90, 160)):
         row = empty(x.shape[1])
-        moments = group_norm.group_statistics(x, 32, row)
-        group_norm.group_statistics(x, 32)
         group_norm.add_residual(x, x, 32, row)
-        group_norm.apply_norm_silu(x, moments, row, row, 1e-6, x, row)
-        group_norm.apply_norm_silu(x, moments, row, row, 1e-6)
+        group_norm.apply_norm_silu(x, group_norm.group_statistics(x, 32), row, row, 1e-6)
 
 
 def modulations() -> None:
-    x, rows = empty(25200, 2560), empty(2, 2560, dtype=torch.float32)
-    sample = empty(25200, dtype=torch.int32)
-    modulate.norm_modulate(x, rows, rows, 1e-5, sample)
-    modulate.gate_residual(x, x, rows, sample)
+    x, row = empty(25200, 2560), empty(1, 2560, dtype=torch.float32)
+    modulate.norm_modulate(x, row, row, 1e-5)
+    modulate.gate_residual(x, x, row)
 
 
 def convolutions(capability: int) -> None:
@@ -69,7 +65,7 @@ def attention() -> None:
     for tile in windows.TILES:
         windows.attend(call, tile)
     # As in the last layer.
-    windows.attend(replace(call, txt=replace(call.txt, q=None)))
+    windows.attend(replace(call, txt=replace(call.txt, q=None)), windows.TILES[0])
 
 
 def frames(capability: int) -> None:

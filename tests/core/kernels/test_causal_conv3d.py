@@ -76,12 +76,10 @@ def test_pointers_take_any_number_of_channels(ground):
 def test_clips_lie_where_their_strides_say(ground, tile):
     x, weight, bias, residual = problem(ground, b=2, t=2, taps=2, h=2, c_out=16)
     buffer = ground.random(2, 16, 5, 2, 9).to(memory_format=LAST)
-    buffer[:, :, 1:4] = x
-    out = ground.random(2, 16, 4, 2, 9).to(memory_format=LAST)
-    before = out.clone()
-    causal_conv3d(buffer[:, :, 1:4], weight, tile, bias, residual, out[:, :, 2:])
-    ground.assert_close(out[:, :, 2:], reference(x, weight, bias, residual))
-    assert torch.equal(out[:, :, :2], before[:, :, :2])
+    beside = ground.random(2, 16, 4, 2, 9).to(memory_format=LAST)
+    buffer[:, :, 1:4], beside[:, :, 2:] = x, residual
+    out = causal_conv3d(buffer[:, :, 1:4], weight, tile, bias, beside[:, :, 2:])
+    ground.assert_close(out, reference(x, weight, bias, residual))
 
 
 @EVERY_LOAD
@@ -103,12 +101,6 @@ def test_statistics_are_those_of_what_is_stored(ground, tile, groups):
     for got, value in zip(moments, expected_moments, strict=True):
         assert got.dtype == torch.float32
         ground.assert_close(got, value)
-
-
-def test_an_output_of_another_shape_is_refused(ground):
-    x, weight, _, residual = problem(ground)
-    with pytest.raises(ValueError, match="has shape"):
-        causal_conv3d(x, weight, SMALL[0], out=residual[:, :1])
 
 
 def test_descriptors_are_for_hopper_and_whole_blocks_of_channels():

@@ -175,3 +175,30 @@ def test_streamed_blocks_compute_the_same_as_all_at_once(device, streamed):
     # And back.
     back = StreamedBlocks(dit.blocks, torch.device(device), 0)
     assert torch.equal(run(dit, back, device), expected)
+
+
+def test_a_pass_cut_short_waits_for_the_weights_that_are_on_their_way():
+    class Noting(CpuFerry):
+        sent = arrived = 0
+
+        def fetch(self, stored, into=None, index=...):
+            self.sent += 1
+            arrive = super().fetch(stored, into, index)
+
+            def noted():
+                self.arrived += 1
+                return arrive()
+
+            return noted
+
+    dit = DiT(replace(RUNNABLE_DIT, depth=5, separate_layers=2)).requires_grad_(False)
+    blocks = StreamedBlocks(dit.blocks, torch.device("cpu"), 3)
+    blocks.ferry = ferry = Noting()
+    for index, _ in enumerate(blocks):
+        if index == streamed_indices(5, 3)[0]:
+            break
+    assert (ferry.sent, ferry.arrived) == (2, 1)
+    blocks.close()
+    assert ferry.arrived == 2
+    blocks.close()
+    assert ferry.arrived == 2

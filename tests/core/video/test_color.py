@@ -206,6 +206,13 @@ def test_memory_does_not_grow_with_the_clip(method):
     assert len(pickle.dumps(transfer)) == early
 
 
+@pytest.mark.parametrize("method", ["wavelet", "lab", "adain"])
+def test_no_frame_waits_for_the_device(method):
+    # Nobody can look at values there.
+    clip = torch.empty(3, 3, 32, 48, device="meta")
+    assert ColorTransfer(method)(clip, clip).shape == clip.shape
+
+
 @pytest.mark.parametrize("method", ["lab", "hsv"])
 def test_a_full_hd_frame_takes_seconds_not_minutes(method):
     style = landscape(1, (1080, 1920))
