@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,23 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import ComfyExtension, Input, InputImpl, Types, io, ui
 from PIL import Image
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..seedvr2_core.checkpoints.folders import COMFYUI_FOLDERS, EXTENSIONS
-from ..seedvr2_core.errors import MediaError
+from ..seedvr2_core.errors import MediaError, SeedVR2Error
 from ..seedvr2_core.pipeline import is_out_of_memory
 
 __all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io", "ui"]
 
 log = logging.getLogger(__name__)
+
+for _error in (SeedVR2Error, *SeedVR2Error.__subclasses__()):
+    # ComfyUI shows it in front of the sentence; without this, that is the path of this folder.
+    _error.__module__ = "SeedVR2"
 
 # The key of our own folder, below which users of `extra_model_paths.yaml` may name more.
 MODELS_KEY = "seedvr2"
@@ -35,6 +41,8 @@ OTHER_KEYS = ("diffusion_models", "vae")
 PREVIEW_EVERY = 1.0
 # Parts into which progress is divided.
 STEPS = 1000
+# What no name may hold on Windows, such as the colons of a time, becomes a line.
+LEGAL = str.maketrans(dict.fromkeys(':*?"<>|', "_"))
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 
@@ -77,15 +85,17 @@ class Saved:
 
 def output_file(prefix: str, suffix: str, width: int, height: int) -> Saved:
     """The next free name of this prefix, which may hold folders and ComfyUI's %placeholders%."""
+    drive, rest = os.path.splitdrive(prefix)
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), width, height
+        drive + rest.translate(LEGAL), folder_paths.get_output_directory(), width, height
     )
     file = f"{name}_{counter:05}_{suffix}"
     return Saved(Path(folder) / file, ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)]))
 
 
 def device() -> torch.device:
-    return management.get_torch_device()
+    """Where to compute, as tensors name it: some devices have an index that ComfyUI leaves out."""
+    return torch.empty(0, device=management.get_torch_device()).device
 
 
 def managed(module: nn.Module) -> ModelPatcher:
@@ -104,6 +114,26 @@ def load(patchers: Sequence[ModelPatcher], working_bytes: int) -> None:
     """Bring modules to the device, with so much room beside them; others have to go if need be."""
     # Ours have none of the layers of ComfyUI that can be left behind.
     management.load_models_gpu(list(patchers), memory_required=working_bytes, force_full_load=True)
+    for patcher in patchers:
+        # Which it does not do for `--novram`.
+        patcher.model.to(device())
+    # Without a module there it makes no room; and models that it moves piece by piece it would leave where they are
+    # until the memory is taken, but our plans count what is free.
+    ours = [loaded for loaded in management.current_loaded_models if loaded.model in patchers]
+    management.free_memory(working_bytes + management.extra_reserved_memory(), device(), keep_loaded=ours)
+
+
+def unload(patcher: ModelPatcher) -> None:
+    """Bring a module back to where it waits, if ComfyUI has it on the device: somebody else is going to move it."""
+    for loaded in [loaded for loaded in management.current_loaded_models if loaded.model is patcher]:
+        loaded.model_unload()
+        management.current_loaded_models.remove(loaded)
+
+
+def on_unload(patcher: ModelPatcher, forget: Callable[[], None]) -> None:
+    """Have this called when ComfyUI takes a module off the device, or frees all memory because the user says so."""
+    # Also called, then with False, when nobody holds the module any more.
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda patcher, all_of_it: all_of_it and forget())
 
 
 def free_bytes() -> int:

@@ -7,8 +7,9 @@ from torch import Tensor
 from ..seedvr2_core.pipeline import Settings
 from ..seedvr2_core.video.color import COLOR_METHODS
 from ..seedvr2_core.video.geometry import MAX_SIDE, Target
+from .files import AUTO
 from .host import io
-from .models import AUTO, PRECISIONS, ModelSocket, VAESocket
+from .models import PRECISIONS, ModelSocket, VAESocket
 from .options import OptionsSocket
 
 VIDEO, IMAGES = "video", "independent images"

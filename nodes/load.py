@@ -5,22 +5,10 @@ from __future__ import annotations
 from ..seedvr2_core.attention import ATTENTION_NAMES
 from ..seedvr2_core.device import pick_dtype
 from . import host, inputs
+from .files import AUTO, DITS, NANO, PUBLISHED_VAE, find_dit, find_vae, local_names, stamp
 from .host import io
-from .models import (
-    AUTO,
-    DITS,
-    NANO,
-    PUBLISHED_VAE,
-    Fetching,
-    ModelSocket,
-    VAESocket,
-    find_dit,
-    find_vae,
-    load_autoencoder,
-    load_model,
-    local_names,
-    stamp,
-)
+from .models import ModelSocket, VAESocket, load_autoencoder, load_model
+from .progress import of_download
 
 
 class LoadModel(io.ComfyNode):
@@ -64,7 +52,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, precision: str, attention: str, compile: bool) -> io.NodeOutput:
-        path = find_dit(model, progress_of(cls))
+        path = find_dit(model, of_download(cls))
         return io.NodeOutput(load_model(path, precision, attention, compile))
 
     @classmethod
@@ -87,8 +75,8 @@ class LoadVAE(io.ComfyNode):
                     "vae",
                     options=[AUTO, NANO, PUBLISHED_VAE, *local_names("vae")],
                     default=AUTO,
-                    tooltip="auto: the published one if it is on this machine, else nano's. vae: the published one of "
-                    "3b and 7b (0.5 GB), fetched when it is missing. nano: the one of the demonstration model.",
+                    tooltip="auto: the one that belongs to the model that auto chooses. vae: the published one of 3b "
+                    "and 7b (0.5 GB), fetched when it is missing. nano: the one of the demonstration model.",
                 ),
                 inputs.precision(),
             ],
@@ -99,18 +87,8 @@ class LoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, vae: str, precision: str) -> io.NodeOutput:
         dtype = pick_dtype(precision, host.device())
-        return io.NodeOutput(load_autoencoder(find_vae(vae, progress_of(cls)), dtype))
+        return io.NodeOutput(load_autoencoder(find_vae(vae, of_download(cls)), dtype))
 
     @classmethod
     def fingerprint_inputs(cls, vae: str, **others: object) -> object:
         return stamp("vae", vae)
-
-
-def progress_of(node: type[io.ComfyNode]) -> Fetching:
-    """Shows a download on the node."""
-    progress = host.Progress(node.hidden.unique_id)
-
-    def show(stage: str, done: int, total: int) -> None:
-        progress(done / max(1, total), f"{stage} {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-
-    return show

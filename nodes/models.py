@@ -1,34 +1,39 @@
-"""Models in ComfyUI's care: which there are, where they lie, and how they get to the device."""
+"""Models in ComfyUI's care: how they are loaded, kept, and get to the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
-from ..seedvr2_core.checkpoints import CheckpointInfo, Prompts, inspect, load_dit, load_prompts, load_vae
-from ..seedvr2_core.checkpoints.download import download
-from ..seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
-from ..seedvr2_core.checkpoints.published import MODELS
+from ..seedvr2_core.checkpoints import Prompts, inspect, load_dit, load_prompts, load_vae
 from ..seedvr2_core.device import DTYPES, pick_dtype
-from ..seedvr2_core.errors import CheckpointError, SettingError
-from ..seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
+from ..seedvr2_core.errors import SettingError
+from ..seedvr2_core.memory.plan import USABLE
+from ..seedvr2_core.models.dit import DiT
 from ..seedvr2_core.models.linear import pack
 from ..seedvr2_core.models.vae_fast import FastVAE
-from ..seedvr2_core.pipeline import Models, Settings, fast_options, plan_clip
+from ..seedvr2_core.pipeline import Models, Settings, around_blocks, fast_options, plan_clip
 from . import host
+from .files import AUTO, best_dit, file_stamp, vae_of
 from .host import io
+from .progress import Fetching
 
-AUTO, NANO = "auto", "nano"
-PUBLISHED_VAE = "vae"
 PRECISIONS = (AUTO, *DTYPES)
-DITS = tuple(name for name in MODELS if name != PUBLISHED_VAE)
-MULTI_STEP = {model.file for model in MODELS.values() if not model.one_step}
-# on_progress(stage, done, total), in bytes.
-Fetching = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVAE:
+    """An autoencoder in ComfyUI's care."""
+
+    patcher: host.ModelPatcher
+    path: Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +46,8 @@ class LoadedModel:
     attention: str
     label: str  # for people
     path: Path
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedVAE:
-    """An autoencoder in ComfyUI's care."""
-
-    patcher: host.ModelPatcher
-    path: Path
+    # The autoencoder that belongs to it, by what its file was, once it has been needed: it lives as long.
+    own_vae: dict[object, LoadedVAE] = field(default_factory=dict)
 
 
 ModelSocket = io.Custom("SVR2_MODEL")
@@ -97,22 +96,85 @@ def load_autoencoder(path: Path, dtype: torch.dtype) -> LoadedVAE:
     return LoadedVAE(host.managed(load_vae(path, dtype, host.offload_device())), path)
 
 
+def best(
+    model: LoadedModel | None, vae: LoadedVAE | None, on_progress: Fetching | None = None
+) -> tuple[LoadedModel, LoadedVAE]:
+    """Both models; in place of what was not given the best that is there, fetched if it must be.
+
+    Raises:
+        CheckpointError: a file is damaged, or cannot be fetched.
+    """
+    model = model or _best(*file_stamp(best_dit()))
+    if vae is None:
+        vae = own_autoencoder(model, on_progress)
+    return model, vae
+
+
+@lru_cache(maxsize=1)
+def _best(path: str, size: int, changed: int) -> LoadedModel:
+    """The best model, loaded. No node's output keeps it from picture to picture and from run to run."""
+    return load_model(Path(path))
+
+
+def _let_go(model: weakref.ref[LoadedModel]) -> None:
+    """ComfyUI needs memory for something else, or was told to free all of it."""
+    # It is going through its list of models just now, from which one would vanish that dies. In a cycle it lives until
+    # Python collects such, which ComfyUI has it do after it has freed memory.
+    cycle: list[object] = [model()]
+    cycle.append(cycle)
+    _best.cache_clear()
+
+
+def own_autoencoder(model: LoadedModel, on_progress: Fetching | None = None) -> LoadedVAE:
+    """The autoencoder that belongs to a transformer, loaded when it is first needed."""
+    path = vae_of(model.path, on_progress)
+    key = file_stamp(path)
+    if key not in model.own_vae:
+        model.own_vae.clear()
+        model.own_vae[key] = vae = load_autoencoder(path, model.dtype)
+        # On a CPU ComfyUI has only this one of the two, since a packed transformer cannot be moved.
+        host.on_unload(vae.patcher, partial(_let_go, weakref.ref(model)))
+    return model.own_vae[key]
+
+
+@contextmanager
 def ready(
-    model: LoadedModel | None, vae: LoadedVAE | None, settings: Settings, size: tuple[int, int], frames: int
-) -> Models:
+    model: LoadedModel | None, vae: LoadedVAE | None, settings: Settings, size: tuple[int, int], frames: int | None
+) -> Iterator[Models]:
     """Models on the device, with room beside them for a clip of this size; a single stage needs but one.
+
+    A transformer that does not fit is moved here, as far as a plan wants it on the device, and goes back afterwards:
+    its blocks take turns, of which ComfyUI knows nothing. To ComfyUI that is memory at work.
 
     Raises:
         SettingError: there is not enough memory, whatever ComfyUI could put elsewhere.
     """
+    parts = [part.patcher for part in (model, vae) if part is not None]
     if stays():
-        return _models(model, vae)
-    plan = plan_clip(_models(model, vae), settings, size, frames, device=host.device(), budget=host.free_bytes())
-    loaded = [part for part in (model, vae) if part is not None]
-    # Blocks that take turns on the device are not ComfyUI's to move.
-    staying = [part.patcher for part in loaded if part is vae or not plan.streamed]
-    host.load(staying, plan.peak - plan.weights)
-    return _models(model, vae)
+        host.load([vae.patcher] if vae else [], 0)
+        yield _models(model, vae)
+        return
+    plan = plan_clip(_models(model, vae), settings, size, frames, budget=host.free_bytes())
+    if plan.streamed:
+        parts.remove(model.patcher)
+        host.unload(model.patcher)
+    # So much has to be free that the same plan is made of it once more.
+    host.load(parts, math.ceil(plan.peak / USABLE) - sum(patcher.model_size() for patcher in parts))
+    try:
+        if plan.streamed:
+            for part in around_blocks(model.patcher.model):
+                part.to(host.device())
+        yield _models(model, vae)
+    finally:
+        # They also take turns after memory has run out.
+        if model and (plan.streamed or not lies_on(model.patcher.model, host.device())):
+            host.unload(model.patcher)
+            model.patcher.model.to(host.offload_device())
+
+
+def lies_on(dit: DiT, device: torch.device) -> bool:
+    """Whether all of a transformer is there."""
+    return all(parameter.device == device for parameter in dit.parameters())
 
 
 def _models(model: LoadedModel | None, vae: LoadedVAE | None) -> Models:
@@ -122,97 +184,5 @@ def _models(model: LoadedModel | None, vae: LoadedVAE | None) -> Models:
         vae=vae and FastVAE(vae.patcher.model, fast_options(host.device())),
         prompts=model and model.prompts,
         label=model.label if model else vae.path.stem,
+        device=host.device(),
     )
-
-
-def find_dit(name: str, on_progress: Fetching | None = None) -> Path:
-    """File of a transformer; a published one that is missing is fetched.
-
-    Raises:
-        CheckpointError: there is no such file, or it cannot be fetched.
-    """
-    if name == NANO:
-        return NANO_DIT
-    if name == AUTO:
-        return best_dit()
-    return fetched(name, on_progress) if name in DITS else local_file(name)
-
-
-def find_vae(name: str, on_progress: Fetching | None = None) -> Path:
-    """File of an autoencoder; the published one is fetched if it is missing. Raises as `find_dit`."""
-    if name == NANO:
-        return NANO_VAE
-    if name == AUTO:
-        return published_file(PUBLISHED_VAE) or NANO_VAE
-    return fetched(name, on_progress) if name == PUBLISHED_VAE else local_file(name)
-
-
-def vae_of(model: LoadedModel, on_progress: Fetching | None = None) -> Path:
-    """File of the autoencoder that belongs to a transformer: inside its file, beside it, or the published one."""
-    if model.path == NANO_DIT:
-        return NANO_VAE
-    beside = (model.path, *sorted(model.path.parent.glob("*.safetensors")))
-    found = next((path for path in beside if holds(path, "vae")), None)
-    return found or fetched(PUBLISHED_VAE, on_progress)
-
-
-def best_dit() -> Path:
-    """The 7B if it is on this machine, else the 3B, else nano."""
-    local = [(info.config, path) for _, path in host.model_files() if (info := known(path)) and not info.why_not]
-    one_step = [(config, path) for config, path in local if path.name not in MULTI_STEP]
-    return next((path for best in (SEEDVR2_7B, SEEDVR2_3B) for config, path in one_step if config == best), NANO_DIT)
-
-
-def local_names(kind: str) -> list[str]:
-    """Files of users that hold a loadable model of this kind, by content; published ones have names of their own."""
-    published = {model.file for model in MODELS.values()}
-    return sorted({name for name, path in host.model_files() if path.name not in published and holds(path, kind)})
-
-
-def local_file(name: str) -> Path:
-    path = next((path for known_name, path in host.model_files() if known_name == name), None)
-    if path is None:
-        raise CheckpointError(
-            f"There is no file {name} in {host.own_directory()} or ComfyUI's other model folders; put it there, or "
-            f"choose {NANO} or a published model."
-        )
-    return path
-
-
-def published_file(name: str) -> Path | None:
-    """Where a published model lies on this machine."""
-    return next((path for _, path in host.model_files() if path.name == MODELS[name].file), None)
-
-
-def fetched(name: str, on_progress: Fetching | None) -> Path:
-    return published_file(name) or download(name, host.own_directory(), on_progress)[0]
-
-
-def holds(path: Path, kind: str) -> bool:
-    info = known(path)
-    return info is not None and not info.why_not and any(part.kind == kind for part in info.parts)
-
-
-def known(path: Path) -> CheckpointInfo | None:
-    """What a file holds, None if it is not ours; asked again only when the file has changed."""
-    status = path.stat()
-    return _inspected(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _inspected(path: Path, size: int, changed: int) -> CheckpointInfo | None:
-    try:
-        return inspect(path)
-    except CheckpointError:
-        return None
-
-
-def stamp(kind: str, name: str) -> object:
-    """Changes when another file would be loaded, or the file itself has changed."""
-    published = MODELS.get(PUBLISHED_VAE if kind == "vae" else name)
-    if published and name not in (AUTO, NANO):
-        # The same whether it has been fetched yet or not.
-        return name
-    path = find_dit(name) if kind == "dit" else find_vae(name)
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns

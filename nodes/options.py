@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..seedvr2_core.pipeline import Settings
+from ..seedvr2_core.errors import SettingError
+from ..seedvr2_core.pipeline import SHORTEST_CHUNK, Settings
 from .host import io
 
 GIB = 1 << 30
+MOST_FRAMES = 1025
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class MemoryAndSpeed(io.ComfyNode):
                     "frames_at_once",
                     default=0,
                     min=0,
-                    max=1025,
+                    max=MOST_FRAMES,
                     tooltip="Frames that the transformer sees together; 9 or more, and more look steadier. It changes "
                     "the picture. 0: as many as fit, up to 125. Nothing jumps between such chunks, they are blended.",
                 ),
@@ -59,5 +61,19 @@ class MemoryAndSpeed(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, frames_at_once: int | None = None) -> bool | str:
+        # ComfyUI checks no range of an input that is checked here; None comes from another node and is not known yet.
+        return frames_at_once is None or _why_not(frames_at_once) or True
+
+    @classmethod
     def execute(cls, memory_limit: float, frames_at_once: int) -> io.NodeOutput:
+        if reason := _why_not(frames_at_once):
+            raise SettingError(reason)
         return io.NodeOutput(Options(memory_limit=int(memory_limit * GIB) or None, chunk=frames_at_once or None))
+
+
+def _why_not(frames_at_once: int) -> str:
+    """Why the transformer cannot see so many frames together, as one sentence; empty if it can."""
+    if frames_at_once == 0 or SHORTEST_CHUNK <= frames_at_once <= MOST_FRAMES:
+        return ""
+    return f"frames_at_once is {frames_at_once}; use {SHORTEST_CHUNK} to {MOST_FRAMES}, or 0 for as many as fit."

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
 from ..seedvr2_core.errors import MediaError
-from ..seedvr2_core.pipeline import restore_file, stream
-from ..seedvr2_core.video.files import probe
+from ..seedvr2_core.pipeline import Settings, check_file, restore_file, stream
+from ..seedvr2_core.video.files import probe, video_suffix
 from . import host, inputs
 from .host import Input, InputImpl, io
-from .models import (
-    LoadedModel,
-    LoadedVAE,
-    ModelSocket,
-    VAESocket,
-    best_dit,
-    load_autoencoder,
-    load_model,
-    ready,
-    vae_of,
-)
+from .models import LoadedModel, LoadedVAE, ModelSocket, VAESocket, best, ready
 from .options import Options, settings_of
-from .progress import Shown, counted
+from .progress import Shown, counted, of_download
 
-# What Load Image gives for a picture without alpha: nothing masked, in this size.
-NO_MASK = (64, 64)
 # Containers that hold what others do: sound, subtitles and 10 bits.
 FORMATS = ("as the source", "mp4", "mkv", "mov", "webm")
 
@@ -67,22 +57,24 @@ class RestoreFrames(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         frames = with_alpha(images, mask)
-        model, vae = best(model, vae)
+        model, vae = best(model, vae, of_download(cls))
         settings = settings_of(
             options, target=inputs.target(size), seed=seed, color=color, strength=strength, attention=model.attention
         )
         clips = inputs.clips(frames, frames_are)
         progress = host.Progress(cls.hidden.unique_id)
         rows, columns = settings.target.size(*frames.shape[1:3])
-        models = ready(model, vae, settings, (rows, columns), len(clips[0]))
         restored = host.empty_frames(len(frames), rows, columns, frames.shape[-1])
         at = 0
-        for clip in clips:
-            show = Shown(progress, at / len(frames), len(clip) / len(frames))
-            for piece in stream(clip, models, settings, (rows, columns), len(clip), show):
-                restored[at : at + len(piece)] = piece
-                at += len(piece)
-                show.preview(piece[-1])
+        with ready(model, vae, settings, (rows, columns), len(clips[0])) as models:
+            for clip in clips:
+                show = Shown(progress, at / len(frames), len(clip) / len(frames))
+                # Closed at once, also when a preview tells that the user has stopped: models are moved after that.
+                with closing(stream(clip, models, settings, (rows, columns), len(clip), show)) as pieces:
+                    for piece in pieces:
+                        restored[at : at + len(piece)] = piece
+                        at += len(piece)
+                        show.preview(piece[-1])
         progress.finish(f"{counted(len(frames))}, {columns} x {rows}")
         alpha = restored[..., 3] if frames.shape[-1] == 4 else restored.new_ones(1).expand(restored.shape[:3])
         return io.NodeOutput(restored[..., : images.shape[-1]].contiguous(), 1 - alpha)
@@ -113,7 +105,8 @@ class RestoreVideo(io.ComfyNode):
                     options=list(FORMATS),
                     default=FORMATS[0],
                     advanced=True,
-                    tooltip="The kind of file. mkv takes every kind of sound and subtitles.",
+                    tooltip="The kind of file. as the source: mkv where that kind can only be read. mkv takes every "
+                    "kind of sound and subtitles.",
                 ),
             ],
             outputs=[
@@ -141,24 +134,27 @@ class RestoreVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         with host.source_file(video, path) as source:
             info = probe(source)
-            # Only then: models may have to be fetched.
-            model, vae = best(model, vae)
-            settings = settings_of(
-                options,
-                target=inputs.target(size),
-                seed=seed,
-                color=color,
-                strength=strength,
-                attention=model.attention,
-            )
-            suffix = (source.suffix.lower() or ".mp4") if format == FORMATS[0] else f".{format}"
-            rows, columns = settings.target.size(info.height, info.width)
+            if info.kind == "image":
+                raise MediaError(
+                    f"{source.name} is a picture, not a video; restore it with Load Image and SeedVR2 Restore Frames."
+                )
+            target = inputs.target(size)
+            rows, columns = target.size(info.height, info.width)
+            suffix = video_suffix(info) if format == FORMATS[0] else f".{format}"
             saved = host.output_file(filename_prefix, suffix, columns, rows)
-            models = ready(model, vae, settings, (rows, columns), info.frames)
+            check_file(source, saved.path, Settings(target=target))
+            # Only then: models may have to be fetched.
+            model, vae = best(model, vae, of_download(cls))
+            settings = settings_of(
+                options, target=target, seed=seed, color=color, strength=strength, attention=model.attention
+            )
             progress = host.Progress(cls.hidden.unique_id)
             show = Shown(progress)
-            report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview)
-            progress.finish(f"{counted(report.frames)}, {columns} x {rows}")
+            with ready(model, vae, settings, (rows, columns), info.frames) as models:
+                report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview)
+            # A kind of file that cannot be written has become another.
+            kind = "" if suffix in (source.suffix.lower(), f".{format}") else f", as {suffix}"
+            progress.finish(f"{counted(report.frames)}, {columns} x {rows}{kind}")
         return io.NodeOutput(InputImpl.VideoFromFile(str(saved.path)), str(saved.path), ui=saved.preview)
 
     @classmethod
@@ -173,17 +169,11 @@ def _common_inputs() -> list[io.Input]:
         inputs.color(),
         inputs.strength(),
         ModelSocket.Input(
-            "model", optional=True, tooltip="Without one, the best on this machine is loaded for this run."
+            "model", optional=True, tooltip="Without one, the best on this machine is loaded."
         ),
         VAESocket.Input("vae", optional=True, tooltip="Without one, the one that belongs to the model."),
         inputs.options(),
     ]
-
-
-def best(model: LoadedModel | None, vae: LoadedVAE | None) -> tuple[LoadedModel, LoadedVAE]:
-    """Both models; what was not given is the best that is there."""
-    model = model or load_model(best_dit())
-    return model, vae or load_autoencoder(vae_of(model), model.dtype)
 
 
 def with_alpha(images: Tensor, mask: Tensor | None) -> Tensor:
@@ -194,7 +184,8 @@ def with_alpha(images: Tensor, mask: Tensor | None) -> Tensor:
     """
     if images.shape[-1] not in (3, 4):
         raise MediaError(f"Images with {images.shape[-1]} channels cannot be restored; give them 3, or 4 with alpha.")
-    if mask is None or (mask.shape[1:] == NO_MASK and not mask.any()):
+    # Whatever its size: Load Image and others give a small one where nothing is masked.
+    if mask is None or not mask.any():
         return images
     mask = mask.to(images)
     if mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -61,8 +62,8 @@ class Encode(io.ComfyNode):
         settings = settings_of(options, target=inputs.target(size))
         height, width = settings.target.size(*images.shape[1:3])
         clips = inputs.clips(images, frames_are)
-        models = ready(None, vae, settings, (height, width), len(clips[0]))
-        latents = each(cls, "encode", clips, lambda clip, show: encode(clip[..., :3], models, settings, show))
+        with ready(None, vae, settings, (height, width), len(clips[0])) as models:
+            latents = each(cls, "encode", clips, lambda clip, show: encode(clip[..., :3], models, settings, show))
         origin = {"frames": len(clips[0]), "height": height, "width": width}
         return io.NodeOutput({"samples": host.keep(torch.stack(latents)), ORIGIN: origin})
 
@@ -143,8 +144,8 @@ class RestoreLatent(io.ComfyNode):
             attention=model.attention,
         )
         samples = samples_of(latent)
-        models = ready(model, None, settings, *pixel_size(samples[0]))
-        clean = each(cls, "restore", samples, lambda x, show: restore_latent(host.bring(x), models, settings, show))
+        with ready(model, None, settings, *pixel_size(samples[0])) as models:
+            clean = each(cls, "restore", samples, lambda x, show: restore_latent(host.bring(x), models, settings, show))
         return io.NodeOutput({**latent, "samples": host.keep(torch.stack(clean))})
 
 
@@ -182,22 +183,23 @@ class Decode(io.ComfyNode):
     def execute(cls, latent: dict, vae: LoadedVAE, tiling: dict, options: Options | None = None) -> io.NodeOutput:
         settings, samples = settings_of(options), samples_of(latent)
         size, frames = pixel_size(samples[0])
-        models = ready(None, vae, settings, size, frames)
-        if tiling["tiling"] != "exact":
-            models = replace(models, vae=TiledVAE(models.vae, tiling["tile"], tiling["overlap"]))
         origin = origin_of(latent, size, frames)
         rows, columns, length = origin["height"], origin["width"], origin["frames"]
         images = host.empty_frames(len(samples) * length, rows, columns, 3)
 
         def decoded(index: int, show: Shown) -> None:
             at, end = index * length, (index + 1) * length
-            for piece in decode(host.bring(samples[index]), models, settings, show):
-                count = min(len(piece), end - at)
-                images[at : at + count] = piece[:count, :rows, :columns]
-                at += count
-                show.preview(images[at - 1])
+            with closing(decode(host.bring(samples[index]), models, settings, show)) as pieces:
+                for piece in pieces:
+                    count = min(len(piece), end - at)
+                    images[at : at + count] = piece[:count, :rows, :columns]
+                    at += count
+                    show.preview(images[at - 1])
 
-        each(cls, "decode", range(len(samples)), decoded)
+        with ready(None, vae, settings, size, frames) as models:
+            if tiling["tiling"] != "exact":
+                models = replace(models, vae=TiledVAE(models.vae, tiling["tile"], tiling["overlap"]))
+            each(cls, "decode", range(len(samples)), decoded)
         return io.NodeOutput(images)
 
 

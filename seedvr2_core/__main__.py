@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -30,16 +33,26 @@ from .checkpoints import inspect
 from .checkpoints.download import NAMES, download
 from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
-from .errors import SeedVR2Error, SettingError
+from .errors import Cancelled, MediaError, SeedVR2Error, SettingError
 from .memory.plan import parse_bytes
 from .models.linear import PACKING_NAMES
-from .pipeline import Report, Settings, load_models, restore_file
+from .pipeline import Models, Report, Settings, check_file, load_models, restore_file
 from .progress import Overall
 from .video.color import COLOR_METHODS
 from .video.files import probe
 from .video.geometry import Target
+from .video.stills import SUFFIXES as IMAGE_SUFFIXES
+from .video.stills import images_in, missing_numbers, why_no_clip
+from .video.video_writer import MUXERS
 
 log = logging.getLogger(__name__)
+
+# Holds every kind of sound and subtitles; for what comes in a container that is not written.
+ANY_VIDEO = ".mkv"
+# Seconds without a change after which a file that was being written is taken to be left by a run that was killed.
+ABANDONED = 600
+# Seconds between two looks of the bar, where it moves and where every look is a line in a file.
+MOVING, LISTED = 0.1, 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="seedvr2", description="Restore videos and images with SeedVR2.")
     parser.add_argument("--verbose", action="store_true", help="say what happens inside")
+    parser.add_argument("--version", action="version", version=f"seedvr2 {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_restore(commands.add_parser("restore", help="restore a video, an image or a folder of images"))
     _add_info(commands.add_parser("info", help="say what a media file or a checkpoint is"))
@@ -73,10 +87,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_restore)
-    parser.add_argument("input", type=Path, metavar="IN", help="video, image or folder of numbered images")
-    parser.add_argument("output", type=Path, metavar="OUT", help="file to write; without a suffix: folder of images")
+    parser.add_argument("input", type=Path, metavar="IN", help="video, image or folder of images")
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="file to write, folder to put it in, or new folder for images"
+    )
     parser.add_argument("--model", help="nano, 3b, 7b or a file (default: the best found on this machine, else nano)")
     parser.add_argument("--vae", help="nano, 3b, 7b or a file (default: the one that belongs to the model)")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--clip", dest="folder", action="store_const", const="clip",
+        help="the images in IN are frames of a clip (default: if their names are one numbered sequence)",
+    )  # fmt: skip
+    folder.add_argument(
+        "--pictures", dest="folder", action="store_const", const="pictures",
+        help="they have nothing to do with each other: each is restored by itself",
+    )  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--scale", type=float, help="enlarge by this factor (default: 2)")
     size.add_argument("--short-side", type=int, metavar="PIXELS", help="pixels of the shorter side")
@@ -96,6 +121,7 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packing", choices=PACKING_NAMES, default="auto", help="of linear layers; fp8 is opt-in")
     parser.add_argument("--kernels", action="store_true", help="try our own GPU kernels, unproven so far")
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default=Settings.attention, help="implementation")
+    parser.add_argument("--one-shot", action="store_true", help="do not look for cuts, at which all begins anew")
     parser.add_argument("--chunk", type=_auto_or_int, default=None, metavar="auto|N", help="frames seen at once")
     parser.add_argument("--memory-limit", metavar="8G", help="memory to use at most (default: what is free)")
     parser.add_argument("--fps", type=_rate, default=Fraction(24), help="frame rate of a folder of images")
@@ -113,33 +139,148 @@ def run_restore(args: argparse.Namespace) -> None:
         cfg=args.cfg,
         attention=args.attention,
         chunk=args.chunk,
+        one_shot=args.one_shot,
         memory_limit=None if args.memory_limit is None else parse_bytes(args.memory_limit),
     )
-    probe(args.input)  # a wrong input is refused before gigabytes are loaded
+    # What is wrong is refused before gigabytes are loaded.
+    separate, taken_for = _folder_kind(args)
+    destination = _destination(args.input, args.output)
+    if separate:
+        _check_folder(args.input, args.output)
+    else:
+        check_file(args.input, destination, settings, args.fps)
+    if args.json:
+        _check_report(args.json)
+    if taken_for:
+        log.info("%s: %s", args.input, taken_for)
+    _mention_abandoned(destination if separate else destination.parent)
     dtype = pick_dtype(args.dtype, device)
     models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
-    with Bar() as bar:
-        report = restore_file(args.input, args.output, models, settings, bar, args.fps)
-    log.info("%s: %d frames in %.1f s", report.destination, report.frames, report.seconds)
+    if separate:
+        rows, failed = _restore_pictures(args.input, destination, models, settings)
+        row = {"pictures": rows, "failed": failed}
+    else:
+        row, failed = dataclasses.asdict(_restore(args.input, destination, models, settings, args.fps)), {}
     if args.json:
-        _save(args.json, _report(report, settings, device))
+        _save(args.json, {**row, **_circumstances(settings, device)})
+    if failed:
+        others = f"the others are in {destination}" if rows else "there are no others"
+        raise MediaError(f"{len(failed)} of {_counted(len(failed) + len(rows), 'picture')} could not be restored "
+                         f"({', '.join(failed)}), for the reasons above; {others}.")  # fmt: skip
 
 
-def _report(report: Report, settings: Settings, device: torch.device) -> dict[str, Any]:
-    row = {**dataclasses.asdict(report), "settings": {**dataclasses.asdict(settings), "target": str(settings.target)}}
+def _restore(source: Path, destination: Path, models: Models, settings: Settings, fps: Fraction) -> Report:
+    replaced = destination.is_file()
+    with Bar() as bar:
+        report = restore_file(source, destination, models, settings, bar, fps)
+        bar.finish(report.frames)
+    log.info(
+        "%s: %s in %.1f s%s",
+        report.destination,
+        _counted(report.frames, "frame"),
+        report.seconds,
+        ", in place of the file that was there" if replaced else "",
+    )
+    return report
+
+
+def _restore_pictures(
+    source: Path, destination: Path, models: Models, settings: Settings
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Restore each image of a folder into another, under its own name; returns reports, and what failed and why."""
+    destination.mkdir(exist_ok=True)
+    rows, failed = [], {}
+    for image in images_in(source):
+        try:
+            rows.append(dataclasses.asdict(_restore(image, destination / image.name, models, settings, Fraction(24))))
+        except Cancelled:
+            raise
+        except (MediaError, SettingError) as error:
+            print(f"seedvr2: {error}", file=sys.stderr)
+            failed[image.name] = str(error)
+    return rows, failed
+
+
+def _folder_kind(args: argparse.Namespace) -> tuple[bool, str]:
+    """Whether the images of a folder are separate pictures, not a clip, and in words what they are taken for."""
+    images = images_in(args.input) if args.input.is_dir() else []
+    if args.folder and args.input.is_file():
+        raise SettingError(f"--{args.folder} tells what the images of a folder are, but {args.input.name} is a file.")
+    if not images:
+        return False, ""
+    # Only a clip goes into one file.
+    kind = args.folder or ("clip" if args.output.suffix and not args.output.is_dir() else None)
+    reason = None if kind else why_no_clip(args.input)
+    if kind == "pictures" or reason:
+        others = sum(not each.name.startswith(".") for each in args.input.iterdir()) - len(images)
+        why = f", because {reason}; --clip if they are frames" if reason else ""
+        left = f"; {_counted(others, 'other file')} left alone" if others else ""
+        return True, _counted(len(images), "separate picture") + why + left
+    words = [f"{_counted(len(images), 'frame')} of a clip"]
+    if missing := missing_numbers(args.input):
+        words.append(f"{_counted(len(missing), 'number')} missing between them, the first is {missing[0]}")
+    return False, "; ".join([*words, *([] if kind else ["--pictures if they are separate"])])
+
+
+def _destination(source: Path, output: Path) -> Path:
+    """A file goes into a folder under its own name, as with cp."""
+    if source.is_dir() or not output.is_dir():
+        return output
+    written = (*MUXERS, *IMAGE_SUFFIXES)
+    return output / (source.name if source.suffix.lower() in written else f"{source.stem}{ANY_VIDEO}")
+
+
+def _check_folder(source: Path, output: Path) -> None:
+    if not output.is_dir() and (output.exists() or output.suffix):
+        raise MediaError(f"Separate pictures go into a folder, but {output.name} is none; name a folder.")
+    if not output.absolute().parent.is_dir():
+        raise MediaError(f"The folder {output.parent} for {output.name} does not exist; make it first.")
+    if output.exists():
+        if output.samefile(source):
+            raise MediaError(f"{output.name} is the folder being read; name another to write to.")
+        return
+    try:
+        output.mkdir()
+    except OSError as error:
+        raise MediaError(f"The folder {output} cannot be made ({error.strerror}); name another.") from error
+    output.rmdir()
+
+
+def _mention_abandoned(folder: Path) -> None:
+    for path in sorted(folder.glob(".*.partial*")):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                log.info("%s seems to be left by a run that was killed; delete it if no other is writing it.", path)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _circumstances(settings: Settings, device: torch.device) -> dict[str, Any]:
+    row: dict[str, Any] = {"settings": {**dataclasses.asdict(settings), "target": str(settings.target)}}
     if resource:
         # Kilobytes on Linux, bytes on macOS.
         unit = 1 if sys.platform == "darwin" else 1024
         row["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         row["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    row |= {"device": str(device), "torch": torch.__version__}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in row.items()}
+    return row | {"device": str(device), "torch": torch.__version__}
+
+
+def _check_report(path: Path) -> None:
+    there = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise SettingError(f"The report {path} cannot be written ({error.strerror}); name another file.") from error
+    if not there:
+        path.unlink()
 
 
 def _save(path: Path, row: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(row, indent=1) + "\n")
+        path.write_text(json.dumps(row, indent=1, default=str) + "\n")
     except OSError as error:
         raise SettingError(f"The report {path} cannot be written ({error.strerror}), but the media are.") from error
 
@@ -176,12 +317,18 @@ class Bar:
     def __call__(self, stage: str, done: float, total: int | None) -> None:
         if self._bar is None:
             form = "{desc:8} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(total=100, bar_format=form, miniters=0)
+            self._bar = tqdm(total=100, bar_format=form, miniters=0, mininterval=_interval())
         share = self._overall(stage, done, total)
         self._bar.set_description_str(stage, refresh=False)
         self._bar.set_postfix_str(f"{int(self._overall.done['decode'])}/{total or '?'} frames", refresh=False)
         # Drawn a few times a second, however often there is progress.
         self._bar.update(max(0.0, 100 * (share or 0.0) - self._bar.n))
+
+    def finish(self, frames: int) -> None:
+        """All is done, however many frames there were expected to be."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{frames}/{frames} frames", refresh=False)
+            self._bar.update(100 - self._bar.n)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -200,8 +347,13 @@ def run_info(args: argparse.Namespace) -> None:
             "prefix": info.prefix or "none",
             "loadable": info.why_not or "yes",
         }
+    elif args.file.is_dir() and images_in(args.file) and (reason := why_no_clip(args.file)):
+        rows = {"kind": "folder of separate pictures", "pictures": len(images_in(args.file)), "because": reason}
     else:
-        rows = {name: value for name, value in dataclasses.asdict(probe(args.file)).items() if value not in (None, ())}
+        info = probe(args.file)
+        rows = {name: value for name, value in dataclasses.asdict(info).items() if value not in (None, ())}
+        rows["fps"] = _decimal(info.fps)
+        rows |= {name: f"{_decimal(rows[name])} s" for name in ("duration", "start") if name in rows}
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {', '.join(value) if isinstance(value, tuple) else value}")
@@ -219,11 +371,26 @@ def run_download(args: argparse.Namespace) -> None:
     def on_progress(stage: str, done: int, total: int) -> None:
         bar = bars.get(stage)
         if bar is None or bar.total != total:
-            bar = bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True)
+            bar = bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True, mininterval=_interval())
         bar.update(done - bar.n)
 
     for path in download(args.name, args.dir, on_progress):
         print(path)
+
+
+def _interval() -> float:
+    return MOVING if sys.stderr.isatty() else LISTED
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{float(value):.3f}".rstrip("0").rstrip(".")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("seedvr2")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a folder, not installed"
 
 
 def _width_x_height(text: str) -> tuple[int, int]:

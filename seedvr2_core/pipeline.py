@@ -2,7 +2,8 @@
 
 Everything is a chain of generators, so a clip of any length flows through in pieces: read, encode, restore, decode,
 correct, write. The autoencoder carries its causal state from piece to piece and so never sees a border. The transformer
-works on chunks that share two latents, which are cross-faded; its noise belongs to frames, not to chunks.
+works on chunks that share two latents, which are cross-faded; its noise belongs to frames, not to chunks. At a cut all
+of it begins anew: nothing of a shot shows in the next.
 
 Files are read and written by threads of their own; frames go to the device, and from it to a file, as whole numbers.
 
@@ -20,7 +21,7 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import resolve
 from .checkpoints import Prompts, inspect, load_dit, load_prompts, load_vae
@@ -37,11 +38,10 @@ from .diffusion.conditioning import augment, frame_noise, with_mask
 from .diffusion.sampler import guide, sample
 from .errors import MediaError, SettingError
 from .kernels import Choices, choices_for
-from .memory.plan import MemoryPlan, Stage, describe, make_plan, step_down
+from .memory.plan import STAGES, MemoryPlan, Stage, describe, make_plan, step_down
 from .memory.stages import Work, reach, resident_bytes
 from .memory.streaming import StreamedBlocks, new_state, placed
-from .models.dit import DiT, DiTConfig, Layout, make_layout
-from .models.dit import token_grid as token_grid_of
+from .models.dit import DiT, DiTConfig, Layout, make_layout, token_grid
 from .models.linear import E4M3, pack
 from .models.linear import resolve as resolve_packing
 from .models.tiling import TiledVAE
@@ -66,6 +66,7 @@ from .video.geometry import (
     to_floats,
     to_frames,
 )
+from .video.shots import shots
 from .video.threads import read_ahead, write_behind
 from .video.transfers import download, upload
 
@@ -80,6 +81,8 @@ T = TypeVar("T")
 PIECE = LATENT_FRAMES
 # Frames read before they are needed, and finished ones that wait to be written; both as whole numbers.
 READ_AHEAD = WRITE_BEHIND = 2 * PIECE
+# Frames in one pass of the transformer: the latents that two passes share, and one more.
+SHORTEST_CHUNK = LATENT_FRAMES * OVERLAP + 1
 # Multiplications between two questions whether to go on: on two cores 0.15 s in bf16, 0.3 s in fp32.
 CPU_TURN = 1 << 35
 # Condition noise of the multi-step SeedVR, in its published script; SeedVR2 has none.
@@ -88,17 +91,15 @@ MULTI_STEP_NOISE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What a restoration runs on. Both models lie on one device. A single stage needs no more than its own."""
+    """What a restoration runs on. A single stage needs no more than its own model."""
 
     dit: DiT | None
     vae: VideoVAE | FastVAE | TiledVAE | None
     prompts: Prompts | None  # of the transformer
     label: str  # for people
+    # Where it computes, as tensors name it: "cuda:0", not "cuda". Blocks of the transformer may wait elsewhere.
+    device: torch.device
     choices: Choices | None = None  # who says where our own kernels run; None: nowhere
-
-    @property
-    def device(self) -> torch.device:
-        return (self.vae if self.dit is None else self.dit.txt_in.weight).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +120,7 @@ class Settings:
     windows: WindowConfig | None = None  # of the attention; None: as the model was trained
     attention: str = "auto"  # one of ATTENTION_NAMES
     chunk: int | None = None  # frames in one pass of the transformer; None chooses by free memory
+    one_shot: bool = False  # cuts are not looked for
     memory_limit: int | None = None  # bytes on the device, weights included; None: what is free
 
     def __post_init__(self) -> None:
@@ -130,9 +132,8 @@ class Settings:
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise SettingError(f"{name} is {share:g}; it is a share from 0 to 1.")
-        shortest = LATENT_FRAMES * OVERLAP + 1
-        if self.chunk is not None and self.chunk < shortest:
-            raise SettingError(f"A chunk of {self.chunk} frames is too short; use {shortest} or more.")
+        if self.chunk is not None and self.chunk < SHORTEST_CHUNK:
+            raise SettingError(f"A chunk of {self.chunk} frames is too short; use {SHORTEST_CHUNK} or more.")
         if self.memory_limit is not None and self.memory_limit <= 0:
             raise SettingError(f"The memory limit is {self.memory_limit} bytes; it has to be a number above zero.")
 
@@ -182,10 +183,21 @@ def load_models(
         # One part after another, so that no more than one lies on the device before it is packed. Blocks for which
         # there is no room wait on the host until the plan of a clip says which of them may stay on the device.
         transformer = load_dit(dit, dtype)
-        rest = [part for name, part in transformer.named_children() if name != "blocks"]
-        for part in [*rest, *(transformer.blocks if fits else [])]:
+        for part in [*around_blocks(transformer), *(transformer.blocks if fits else [])]:
             pack(part.to(device), packing)
-    return Models(dit=transformer, vae=autoencoder, prompts=prompts, label=content.label, choices=choices)
+    return Models(
+        dit=transformer,
+        vae=autoencoder,
+        prompts=prompts,
+        label=content.label,
+        device=autoencoder.device,
+        choices=choices,
+    )
+
+
+def around_blocks(dit: DiT) -> list[nn.Module]:
+    """The parts of a transformer that never take turns on the device, whatever its blocks do."""
+    return [part for name, part in dit.named_children() if name != "blocks"]
 
 
 def fast_options(device: torch.device) -> FastOptions:
@@ -227,14 +239,15 @@ def restore_file(
     """Restore a video, an image or a folder of numbered images, whatever its length, into another.
 
     Sound, subtitles, timestamps and colour tags of a video are kept. The destination appears when it is complete;
-    until then, and after an error or a cancellation, it is as it was before.
+    until then, and after an error or a cancellation, it is as it was before. Where a source turns out to be damaged,
+    what can be read of it is restored, and kept beside the destination under a name that says so.
 
     Args:
-        fps: frame rate of a folder of images.
+        fps: frame rate of a folder of images, which are frames of a clip here, whatever their names.
         on_frame: called with every finished frame H W c in 0..1, on the device.
 
     Raises:
-        MediaError: the source cannot be read or the destination not written.
+        MediaError: the source cannot be read to its end or the destination not written.
         SettingError: a setting is impossible for this source.
     """
     start = time.perf_counter()
@@ -243,11 +256,18 @@ def restore_file(
     plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
     log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
     moments: deque = deque()
+    damage: list[MediaError] = []
 
     def pixels(reader: Iterable) -> Iterator[Tensor]:
-        for frame in reader:
-            moments.append(frame.time)
-            yield frame.pixels
+        read = 0
+        try:
+            for read, frame in enumerate(reader, 1):  # noqa: B007
+                moments.append(frame.time)
+                yield frame.pixels
+        except MediaError as error:
+            if not read:
+                raise
+            damage.append(error)
 
     def write(frame: tuple[Callable, Moment]) -> None:
         arrived, moment = frame
@@ -259,12 +279,22 @@ def restore_file(
         closing(read_ahead(reader, READ_AHEAD)) as ahead,
         write_behind(write, WRITE_BEHIND) as put,
         told_of_memory(models, size),
+        # At once, also when `on_frame` raises: whoever is told may keep the traceback, and with it the models at work.
+        closing(_stream(pixels(ahead), models, settings, size, info.frames, on_progress, plan)) as pieces,
     ):
-        for piece in _stream(pixels(ahead), models, settings, size, info.frames, on_progress, plan):
+        for notice in writer.notices:
+            log.warning(notice)
+        for piece in pieces:
             for frame in piece:
                 if on_frame:
                     on_frame(frame)
                 put((download(writer.pack(frame)), moments.popleft()))
+        if damage:
+            writer.land_beside()
+    if damage:
+        of = f" of {info.frames}" if info.frames and info.frames > writer.frames else ""
+        raise MediaError(f"{str(damage[0]).removesuffix('.')}; {writer.frames}{of} frames were restored and are in "
+                         f"{writer.landing}.") from damage[0]  # fmt: skip
     return Report(
         source=Path(source),
         destination=Path(destination),
@@ -275,6 +305,20 @@ def restore_file(
         seconds=round(time.perf_counter() - start, 3),
         chunk=LATENT_FRAMES * (plan.chunk - 1) + 1,
     )
+
+
+def check_file(
+    source: str | Path, destination: str | Path, settings: Settings = Settings(), fps: Fraction | int = 24
+) -> None:
+    """Refuse what `restore_file` would refuse and what needs no models to be found out. Leaves nothing behind.
+
+    Raises:
+        MediaError: the source cannot be opened, or the destination not hold what is to come.
+        SettingError: the output would have an impossible size.
+    """
+    info = probe(source, fps=fps)
+    height, width = settings.target.size(info.height, info.width)
+    open_writer(destination, info, width=width, height=height).discard()
 
 
 def stream(
@@ -324,7 +368,8 @@ def encode(frames: Tensor, models: Models, settings: Settings, on_progress: OnPr
 
     It is scaled as the transformer sees it; T frames become ceil((T - 1) / 4) + 1 latents.
     """
-    with _alone(models, settings, settings.target.size(*frames.shape[1:3]), len(frames), on_progress) as life:
+    size = settings.target.size(*frames.shape[1:3])
+    with _alone("encode", models, settings, size, len(frames), on_progress) as life:
         return torch.cat([latent for latent, _ in life.encode(life.pieces(frames))], dim=1)
 
 
@@ -334,7 +379,7 @@ def restore_latent(
 ) -> Tensor:
     """The second stage alone: a clean latent c t h w, fp32 on the device, of a degraded one on the device."""
     size, frames = pixel_size(condition)
-    with _alone(models, settings, size, frames, on_progress) as life:
+    with _alone("restore", models, settings, size, frames, on_progress) as life:
         latents = condition.float().split(1, dim=1)
         each = ((latent, index == len(latents) - 1) for index, latent in enumerate(latents))
         return torch.cat([latent for latent, _ in life.restore(each)], dim=1)
@@ -349,7 +394,7 @@ def decode(
     As many frames as a clip of so many latents can have, with the padding of their size.
     """
     size, frames = pixel_size(latent)
-    with _alone(models, settings, size, frames, on_progress) as life:
+    with _alone("decode", models, settings, size, frames, on_progress) as life:
         for clip in life.decode(iter([(latent.float(), True)])):
             yield to_frames(clip.transpose(0, 1).float()).permute(0, 2, 3, 1)
 
@@ -362,13 +407,13 @@ def pixel_size(latent: Tensor) -> tuple[tuple[int, int], int]:
 
 @contextmanager
 def _alone(
-    models: Models, settings: Settings, size: tuple[int, int], frames: int, on_progress: OnProgress | None
+    stage: Stage, models: Models, settings: Settings, size: tuple[int, int], frames: int, on_progress: OnProgress | None
 ) -> Iterator[_Life]:
     """A life of which only one stage is lived."""
     plan = plan_clip(models, settings, size, frames)
-    log_plan(plan, models, settings, "Frames")
+    log_plan(plan, models, settings, "Frames", [stage])
     report = on_progress or (lambda stage, done, total: None)
-    with told_of_memory(models, size), closing(_Life(models, settings, size, frames, report, plan)) as life:
+    with told_of_memory(models, size), closing(_Life(models, settings, size, frames, report, plan, stage)) as life:
         yield life
 
 
@@ -382,9 +427,15 @@ def _stream(
     on_progress: OnProgress | None,
     plan: MemoryPlan,
 ) -> Iterator[Tensor]:
+    done = 0
     with closing(_Life(models, settings, size, total, on_progress or (lambda stage, done, total: None), plan)) as life:
-        conditions = life.encode(life.pieces(frames))
-        yield from life.finish(life.decode(life.restore(conditions)))
+        for shot in [frames] if settings.one_shot else shots(frames):
+            life.begin(done)
+            for frame in life.finish(life.decode(life.restore(life.encode(life.pieces(shot))))):
+                done += 1
+                yield frame
+    if not done:
+        raise MediaError("There is no frame to restore.")
 
 
 @contextmanager
@@ -410,7 +461,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class _Life:
-    """One clip on its way through the models, and what its stages have to know of each other."""
+    """A clip on its way through the models, shot by shot, and what its stages have to know of each other."""
 
     def __init__(
         self,
@@ -420,13 +471,11 @@ class _Life:
         total: int | None,
         on_progress: OnProgress,
         plan: MemoryPlan,
+        first: Stage = "encode",
     ):
         self.models, self.settings, self.size, self.total, self.on_progress = models, settings, size, total, on_progress
-        self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
         self.layouts: dict[tuple[Grid, int], Layout] = {}
-        self.transfer = ColorTransfer(settings.color)
-        self.restored = 0  # latents that have been through the transformer
-        self.reported: tuple[Stage, float, int | None] = "encode", 0, total
+        self.reported: tuple[Stage, float, int | None] = first, 0, total
         self.halves: list[_Slices] = []
         if models.dit:
             self.prompts = [prompt.to(models.device, models.dtype) for prompt in prompts_of(models, settings)]
@@ -438,6 +487,16 @@ class _Life:
         self.stepped_down = False
         self.blocks: StreamedBlocks | None = None
         self.adopt(plan)
+        self.begin(0)
+
+    def begin(self, before: int) -> None:
+        """A shot begins, after so many frames: what came before it is forgotten."""
+        self.before = before
+        self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
+        self.transfer = ColorTransfer(self.settings.color)
+        self.restored = 0  # latents that have been through the transformer
+        for half in self.halves:
+            half.begin()
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Go on by this plan."""
@@ -490,8 +549,6 @@ class _Life:
         frames = iter(frames)
         known: list[Tensor] = []
         piece = list(itertools.islice(frames, PIECE + 1))
-        if not piece:
-            raise MediaError("There is no frame to restore.")
         while piece:
             following = list(itertools.islice(frames, PIECE))
             self.waiting.extend(piece)
@@ -580,7 +637,7 @@ class _Life:
         return clean
 
     def velocity(self, latent: Tensor, prompt: Tensor, u: float, start: int, call: int, calls: int) -> Tensor:
-        models, grid = self.models, token_grid_of(latent[0])
+        models, grid = self.models, token_grid(latent[0])
         new = start + grid.t - self.restored  # the rest was counted with the chunk before
         if (key := (grid, len(prompt))) not in self.layouts:
             self.layouts[key] = make_layout([grid], [len(prompt)], config_of(models, self.settings), models.device)
@@ -635,6 +692,8 @@ class _Life:
         return resize(clip.permute(0, 3, 1, 2), *self.size)
 
     def report(self, stage: Stage, done: float) -> None:
+        """So much of this shot has been through a stage."""
+        done += self.before
         self.reported = stage, done if self.total is None else min(done, self.total), self.total
         self.repeat()
 
@@ -656,8 +715,13 @@ class _Slices:
         """`prepare` makes the autoencoder's input of a slice's item: a list of frames, or a latent."""
         self.life, self.stage, self.step, self.prepare = life, stage, step, prepare
         self.state = CausalState()
-        # One more, for the lone frame with which a clip begins.
+        # One more, for the lone frame with which a shot begins.
         self.past: deque[Any] = deque(maxlen=looks_back + 1)
+
+    def begin(self) -> None:
+        """Forget what came before."""
+        self.state = new_state(self.life.plan.state, self.life.models.device)
+        self.past.clear()
 
     def __call__(self, item: Any, last: bool) -> Tensor:
         with self.life.models.vae.watched(self.life.repeat):
@@ -754,11 +818,13 @@ def attention_name(models: Models, settings: Settings) -> str:
     return resolve(settings.attention, models.device, models.dtype, models.dit.config.head_dim)
 
 
-def log_plan(plan: MemoryPlan, models: Models, settings: Settings, source: str) -> None:
-    """One line with everything that was decided for this clip."""
+def log_plan(
+    plan: MemoryPlan, models: Models, settings: Settings, source: str, stages: Sequence[Stage] = STAGES
+) -> None:
+    """One line with everything that was decided for this clip, of which these stages will run."""
     work = plan.work
     log.info(
-        "%s: %s -> %d x %d, %s on %s in %s, attention %s, %s",
+        "%s: %s -> %d x %d, %s on %s in %s, %s%s",
         source,
         "? frames" if work.frames is None else "1 frame" if work.frames == 1 else f"{work.frames} frames",
         work.width,
@@ -766,6 +832,6 @@ def log_plan(plan: MemoryPlan, models: Models, settings: Settings, source: str) 
         models.label,
         models.device,
         str(models.dtype).removeprefix("torch."),
-        attention_name(models, settings) if models.dit else "not needed",
-        describe(plan),
+        f"attention {attention_name(models, settings)}, " if models.dit else "",
+        describe(plan, stages),
     )

@@ -167,7 +167,8 @@ class PretrainStage:
         if restorer is None:
             torch.manual_seed(config.run.seed)
             restorer = Restorer(config.model)
-        check_phases(config.curriculum, latents.shapes)
+        if config.curriculum:
+            check_phases(config.curriculum, latents.shapes)
         # A published prompt, or one that was learnt before, stays what it is.
         self.modules: Mapping[str, Restorer] = {"g": for_training(restorer, config.init is None)}
         self.texts = Texts.of_run(config.text, restorer, latents, config.run.seed, config.text_dropout)

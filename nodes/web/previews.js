@@ -1,4 +1,6 @@
-// Restore Video shows finished frames while it works, and the video once it is done. ComfyUI's page prefers previews to
+// What Restore Video needs of the page.
+//
+// It shows finished frames while it works, and the video once it is done. ComfyUI's page prefers previews to
 // results and would go on showing the last frame, so that one is taken away when the result arrives.
 import { app } from "../../scripts/app.js";
 
@@ -27,10 +29,23 @@ function showResult(node) {
   node.setDirtyCanvas(true);
 }
 
+// The page replaces placeholders such as %date:yyyy-MM-dd% in the prefix of its own nodes only.
+function replacePlaceholders(node) {
+  const prefix = node.widgets?.find((widget) => widget.name === "filename_prefix");
+  const replaced = window.comfyAPI?.utils?.applyTextReplacements;
+  if (prefix && replaced) prefix.serializeValue = () => replaced(app, prefix.value);
+}
+
 app.registerExtension({
-  name: "SeedVR2.ResultAfterPreviews",
+  name: "SeedVR2.RestoreVideo",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== "SVR2RestoreVideo") return;
+    const onNodeCreated = nodeType.prototype.onNodeCreated;
+    nodeType.prototype.onNodeCreated = function (...created) {
+      const result = onNodeCreated?.apply(this, created);
+      replacePlaceholders(this);
+      return result;
+    };
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (...results) {
       onExecuted?.apply(this, results);

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -49,19 +50,40 @@ def find_models(directories: Iterable[Path]) -> list[CheckpointInfo]:
     Best means: loadable before not loadable, one-step before multi-step, 7B before 3B before unpublished sizes, then by
     path, which puts the plain 7B before the sharp one. Files that are something else, or damaged, are passed over.
     """
-    found = {}
+    return _best_first(_files(directories))
+
+
+def _files(directories: Iterable[Path]) -> Iterator[Path]:
     for directory in directories:
-        for path in sorted(Path(directory).rglob("*")):
-            if path.suffix.lower() not in EXTENSIONS or not path.is_file() or path.resolve() in found:
-                continue
-            try:
-                info = inspect(path)
-            except CheckpointError as error:
-                log.debug("passed over: %s", error)
-                continue
-            if info.parts:
-                found[path.resolve()] = info
+        yield from (path for path in sorted(Path(directory).rglob("*")) if path.suffix.lower() in EXTENSIONS)
+
+
+def _best_first(files: Iterable[Path]) -> list[CheckpointInfo]:
+    """Which of these are checkpoints of ours, in the order of `find_models`."""
+    found = {}
+    for path in files:
+        if path.is_file() and path.resolve() not in found and (info := known(path)) and info.parts:
+            found[path.resolve()] = info
     return sorted(found.values(), key=_rank)
+
+
+def known(path: Path) -> CheckpointInfo | None:
+    """What a file holds, None if it is none of ours or damaged; looked at again only when it has changed."""
+    status = path.stat()
+    return _inspected(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _inspected(path: Path, size: int, changed: int) -> CheckpointInfo | None:
+    try:
+        info = inspect(path)
+    except CheckpointError as error:
+        log.debug("passed over: %s", error)
+        return None
+    if info.why_not and (info.parts or "seedvr" in path.name.lower()):
+        # Once, for whoever wonders why it is in no list. Of a GGUF file only the name tells that it is ours.
+        log.info("%s", info.why_not)
+    return info
 
 
 def _rank(info: CheckpointInfo) -> tuple[bool, bool, int, Path]:
@@ -106,7 +128,7 @@ def pick(model: str | None = None, vae: str | Path | None = None) -> tuple[Path,
 def _named_autoencoder(vae: str) -> Path:
     if vae == "nano":
         return NANO_VAE
-    return _usual_autoencoder(vae) if vae in NAMED else Path(vae)
+    return _there(_published_autoencoder(_files(search_directories())), vae) if vae in NAMED else Path(vae)
 
 
 def _best(vae: Path | None) -> tuple[Path, Path]:
@@ -129,19 +151,39 @@ def _one_step() -> list[CheckpointInfo]:
     return [info for info in find_models(search_directories()) if info.path.name not in MULTI_STEP_FILES]
 
 
-def _autoencoder(dit: Path) -> Path:
-    """The autoencoder for a transformer: in its file, beside it, nano's, or the published one in the usual folders."""
+def autoencoder_of(dit: Path, elsewhere: Iterable[Path]) -> Path | None:
+    """The autoencoder for a transformer: in its file, beside it, nano's for one as large as nano, or the published one.
+
+    Args:
+        elsewhere: files among which the published one may be.
+
+    Returns:
+        its file, None if that would be the published one, which is not there.
+
+    Raises:
+        CheckpointError: `dit` is no checkpoint.
+    """
     info = inspect(dit)
     if any(part.kind == "vae" for part in info.parts):
         return dit
-    beside = next((i for i in find_models([dit.parent]) if i.kind == "vae" and not i.why_not), None)
-    if beside:
-        return beside.path
-    return NANO_VAE if info.config == inspect(NANO_DIT).config else _usual_autoencoder(dit.name)
+    like_nano = info.config == inspect(NANO_DIT).config
+    for other in find_models([dit.parent]):
+        # Where everything lies in one folder, the published one lies beside a small model for which it was not made.
+        if other.kind == "vae" and not other.why_not and not (like_nano and other.config == SEEDVR2_VAE):
+            return other.path
+    return NANO_VAE if like_nano else _published_autoencoder(elsewhere)
 
 
-def _usual_autoencoder(wanted_for: str) -> Path:
-    for info in find_models(search_directories()):
-        if info.config == SEEDVR2_VAE and not info.why_not:
-            return info.path
-    raise CheckpointError(f"There is no autoencoder for {wanted_for}; fetch it with: seedvr2 download vae")
+def _published_autoencoder(files: Iterable[Path]) -> Path | None:
+    found = (info.path for info in _best_first(files) if info.config == SEEDVR2_VAE and not info.why_not)
+    return next(found, None)
+
+
+def _autoencoder(dit: Path) -> Path:
+    return _there(autoencoder_of(dit, _files(search_directories())), dit.name)
+
+
+def _there(autoencoder: Path | None, wanted_for: str) -> Path:
+    if autoencoder is None:
+        raise CheckpointError(f"There is no autoencoder for {wanted_for}; fetch it with: seedvr2 download vae")
+    return autoencoder

@@ -6,16 +6,18 @@ clip, sorted from the fastest to the smallest, the first that fits becomes the p
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from ..errors import SettingError
+from ..models.tiling import TiledVAE
 from ..models.vae_fast import FastVAE
 from ..video.chunks import OVERLAP
 from ..video.geometry import LATENT_FRAMES, latent_grid
@@ -28,9 +30,8 @@ USABLE = 0.9
 CHUNKS = (32, 22, 15, 10, 7, 5)
 # Tokens in one product of the transformer where memory is short; still enough to keep a GPU busy.
 FEW_ROWS = 1 << 14
-# Frames that a layer of the autoencoder holds in its full resolution at the very least: two of the past, this one, its
-# result.
-FEWEST_FRAMES = 4
+# Pixels of the largest frame, 4K, of which a plan is found in seconds. Beyond it, what cannot fit is refused untried.
+QUICK = 3840 * 2160
 # Frames that the autoencoder computes at once, and bands of a frame in one convolution.
 BLOCKS_AND_BANDS = ((2, 1), (1, 1), (1, 3), (1, 8))
 
@@ -52,6 +53,7 @@ BY_THREAD = 8 << 20
 
 T = TypeVar("T")
 Stage = Literal["encode", "restore", "decode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 PREFIXES = "KMGT"
 GIB = 1 << 30
@@ -110,8 +112,8 @@ def step_down(plan: MemoryPlan, stage: Stage, available: int) -> MemoryPlan | No
     return smaller if smaller.weights + getattr(smaller, stage) < taken else None
 
 
-def describe(plan: MemoryPlan) -> str:
-    """A line for people: what was chosen and what it will take."""
+def describe(plan: MemoryPlan, stages: Sequence[Stage] = STAGES) -> str:
+    """A line for people: what was chosen and what it will take, if these stages run."""
     work, (block, band) = plan.work, plan.portions
     whole, length = work.latents <= plan.chunk, LATENT_FRAMES * (plan.chunk - 1) + 1
     passes = "one pass" if whole else f"passes of {length} frame{'s' * (length > 1)}"
@@ -123,8 +125,10 @@ def describe(plan: MemoryPlan) -> str:
         *(["its state in host memory"] if plan.state == "host" else []),
         *([f"{plan.streamed} of {len(work.dit.blocks)} blocks streamed"] if plan.streamed else []),
     ]
-    shares = [f"{name} {amount(getattr(plan, name))}" for name in ("weights", "encode", "restore", "decode")]
-    return f"{', '.join(parts)}; memory {amount(plan.peak)} of {amount(plan.budget)} ({', '.join(shares)})"
+    shares = [f"{name} {amount(getattr(plan, name))}" for name in ("weights", *stages)]
+    taken = plan.weights + max(getattr(plan, name) for name in stages)
+    parts = [", ".join(parts)] if parts else []
+    return "; ".join([*parts, f"memory {amount(taken)} of {amount(plan.budget)} ({', '.join(shares)})"])
 
 
 def parse_bytes(text: str) -> int:
@@ -149,6 +153,12 @@ def amount(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{max(1, round(size / 2**20))} MiB"
 
 
+def _asked_for(size: float) -> str:
+    """`amount`, rounded up, so that who allows this much allows enough."""
+    step = GIB / 10 if size >= GIB else 2**20
+    return amount(math.ceil(size / step) * step)
+
+
 class Planner:
     """Tries the ways to compute one clip, each once."""
 
@@ -161,18 +171,27 @@ class Planner:
 
     def fit(self, budget: int) -> MemoryPlan:
         """See `make_plan`."""
-        work = self.work
-        # An absurd size would take long to try.
-        least = FEWEST_FRAMES * work.pixels * work.vae.config.widths[0] * work.dtype.itemsize if work.vae else 0
-        if least <= USABLE * budget:
-            plan = self.search(budget, CHUNKS if work.chunk is None else [work.chunk])
+        work, lengths = self.work, CHUNKS if self.work.chunk is None else [self.work.chunk]
+        least = self.expected(lengths) if work.pixels > QUICK else 0
+        if least <= budget:
+            plan = self.search(budget, lengths)
             if plan.peak <= USABLE * budget:
                 return plan
             least = plan.peak
         raise SettingError(
-            f"Restoring at {work.width} x {work.height} takes {amount(least / USABLE)} of memory or more, of which "
+            f"Restoring at {work.width} x {work.height} takes {_asked_for(least / USABLE)} of memory or more, of which "
             f"{amount(budget)} may be used; choose a smaller size, raise the limit or close other programs."
         )
+
+    def expected(self, lengths: Sequence[int]) -> int:
+        """About the bytes of the smallest plan, by what a size takes that does not take long to try."""
+        ratio = QUICK / self.work.pixels
+        height, width = (max(1, int(side * math.sqrt(ratio))) for side in self.work.size)
+        smaller = Planner(replace(self.work, height=height, width=width))
+        plan = smaller.plan(0, *smaller.placements()[-1], [min(lengths)])
+        # The rest grows with the pixels; of tiles, only frames do, so that this is still the least.
+        fixed, grown = plan.weights + self.libraries, 1 if isinstance(self.work.vae, TiledVAE) else 1 / ratio
+        return fixed + int((plan.peak - fixed) * grown)
 
     def search(self, budget: int, lengths: Sequence[int]) -> MemoryPlan:
         """The fastest plan that fits, with a pass of one of these lengths, in latents; or else the smallest."""
@@ -266,6 +285,11 @@ class Planner:
         return 1 / LATENT_FRAMES if self.work.latents == 1 else 1
 
     @property
+    def libraries(self) -> int:
+        """Bytes that they keep."""
+        return BY_THREAD * torch.get_num_threads() if self.work.device == "cpu" else 0
+
+    @property
     def handed_out(self) -> int:
         """Bytes of the frames of a latent, and of the last one finished, that wait while the next latent is decoded."""
         each = VALUES * self.work.dtype.itemsize + FINISHED
@@ -278,8 +302,7 @@ class Planner:
         channels = work.vae.config.latent_channels if work.vae else work.dit.config.out_channels
         held = LATENT_COPIES * 4 * channels * latents * latent_grid(1, *work.size).h * latent_grid(1, *work.size).w
         frames = LATENT_FRAMES * (max(chunk, reach(work.vae.config)[0] if work.vae else 0) + ON_THE_WAY)
-        kept = BY_THREAD * torch.get_num_threads() if work.device == "cpu" else 0
-        return held + kept + work.source * int(min(frames, work.latents * LATENT_FRAMES))
+        return held + self.libraries + work.source * int(min(frames, work.latents * LATENT_FRAMES))
 
 
 def _first(choices: list[T], fits: Callable[[T], bool]) -> T:

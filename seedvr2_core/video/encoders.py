@@ -95,7 +95,7 @@ def choose(dst: Path, codec: Codec, *, width: int, height: int, bit_depth: int, 
         shallow, deep, transparent = AUTO[suffix]
         name = transparent if alpha else deep if bit_depth > 8 else shallow
         if name is None:
-            raise MediaError(f"{dst.name} cannot hold transparency; name a .mov, .mkv or .webm file instead.")
+            raise MediaError(f"{dst.name} cannot hold transparency; choose .mov, .mkv or .webm instead.")
     else:
         name = codec
     encoder = ENCODERS[name]

@@ -21,7 +21,8 @@ from .stills import FolderWriter, ImageWriter, StillReader, probe_folder, probe_
 from .video_reader import VideoReader, probe_video
 from .video_writer import MUXERS, VideoWriter
 
-__all__ = ["Codec", "Frame", "MediaInfo", "Moment", "Reader", "Writer", "open_reader", "open_writer", "probe"]
+__all__ = ["Codec", "Frame", "MediaInfo", "Moment", "Reader", "Writer", "open_reader", "open_writer", "probe",
+           "video_suffix"]  # fmt: skip
 
 # A list, because FFmpeg finds a video in nearly everything: it renders text files as a terminal would.
 VIDEO_SUFFIXES = (*MUXERS, ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv",
@@ -50,6 +51,15 @@ def probe(path: str | Path, *, fps: Fraction | int = DEFAULT_FPS) -> MediaInfo:
     if suffix in VIDEO_SUFFIXES:
         return probe_video(path)
     raise MediaError(f"{path.name} ends in none of {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}.")
+
+
+def video_suffix(source: MediaInfo) -> str:
+    """Suffix of a video that can hold what is made of a source: its own if such videos can be written."""
+    suffix = source.path.suffix.lower()
+    if suffix in MUXERS:
+        return suffix
+    # Pictures bring no sound or subtitles that need the container that takes everything, but hardly any TV plays.
+    return ".mp4" if source.kind != "video" and not source.has_alpha else ".mkv"
 
 
 def open_reader(info: MediaInfo) -> Reader:

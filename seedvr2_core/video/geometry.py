@@ -40,7 +40,7 @@ class Target:
     All but `exact` keep the aspect ratio up to rounding. A value out of range raises SettingError.
     """
 
-    kind: Literal["same", "scale", "short_side", "long_side", "megapixels", "area", "exact"]
+    kind: Literal["same", "scale", "short_side", "long_side", "megapixels", "exact"]
     values: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -49,7 +49,9 @@ class Target:
                 raise SettingError(f"The output size cannot be {self}: {value:g} has to be a number above zero.")
 
     def __str__(self) -> str:
-        return f"{self.kind.replace('_', ' ')} {' x '.join(f'{value:g}' for value in self.values)}".strip()
+        # Width first, as people say it.
+        values = reversed(self.values) if self.kind == "exact" else self.values
+        return f"{self.kind.replace('_', ' ')} {' x '.join(f'{value:g}' for value in values)}".strip()
 
     @classmethod
     def same(cls) -> Target:
@@ -62,9 +64,9 @@ class Target:
         return cls("scale", (factor,))
 
     @classmethod
-    def short_side(cls, pixels: int, max_long_side: int | None = None) -> Target:
-        """The shorter side becomes `pixels`, less where the longer one would exceed `max_long_side`."""
-        return cls("short_side", (pixels,) if max_long_side is None else (pixels, max_long_side))
+    def short_side(cls, pixels: int) -> Target:
+        """The shorter side becomes `pixels`."""
+        return cls("short_side", (pixels,))
 
     @classmethod
     def long_side(cls, pixels: int) -> Target:
@@ -75,11 +77,6 @@ class Target:
     def megapixels(cls, millions: float) -> Target:
         """About `millions` of pixels a frame."""
         return cls("megapixels", (millions,))
-
-    @classmethod
-    def area(cls, height: int, width: int) -> Target:
-        """About as many pixels as height x width has. The published script's rule, with 720 x 1280."""
-        return cls("area", (height, width))
 
     @classmethod
     def exact(cls, height: int, width: int) -> Target:
@@ -108,18 +105,12 @@ class Target:
                 return _scaled(height, width, factor)
             case "megapixels", (millions,):
                 return _scaled(height, width, math.sqrt(millions * 1e6 / (height * width)))
-            case "area", (rows, columns):
-                # The square root is squared again because the published code does; it decides some roundings.
-                return _scaled(height, width, math.sqrt(((rows * columns) ** 0.5) ** 2 / (height * width)))
             case "long_side", (pixels,):
                 side = int(pixels), int(pixels * short / long)
                 return side if height >= width else side[::-1]
-            case "short_side", (pixels, *limit):
+            case "short_side", (pixels,):
                 side = int(pixels), int(pixels * long / short)
-                rows, columns = side if height <= width else side[::-1]
-                if limit and max(rows, columns) > limit[0]:
-                    return _scaled(rows, columns, limit[0] / max(rows, columns))
-                return rows, columns
+                return side if height <= width else side[::-1]
         raise SettingError(f"There is no output size {self.kind!r} with {len(self.values)} values; "
                            "build it with a constructor of Target.")
 
@@ -198,12 +189,6 @@ def mirror_indices_before(frames: int, extra: int) -> list[int]:
 def latent_grid(frames: int, height: int, width: int) -> Grid:
     """Latent size of a padded clip: 4n+1 frames, height and width multiples of 16, all in pixels."""
     return Grid((frames - 1) // LATENT_FRAMES + 1, height // LATENT_PIXELS, width // LATENT_PIXELS)
-
-
-def token_grid(frames: int, height: int, width: int) -> Grid:
-    """Tokens of the transformer for a padded clip, see `latent_grid`."""
-    t, h, w = latent_grid(frames, height, width)
-    return Grid(t, h // PATCH, w // PATCH)
 
 
 def to_floats(pixels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -133,9 +134,13 @@ class Writer(ABC):
     ends well. Any exception, an interrupt too, deletes it and leaves an older `dst` as it was.
     """
 
+    notices: list[str]  # what `dst` will lack of its source, a sentence each, for people
+
     def __init__(self, dst: Path, *, width: int, height: int, channels: int) -> None:
         self.dst = dst
         self.partial = dst.with_name(f".{dst.stem}.partial{dst.suffix}")
+        self.landing = dst  # where it goes when it is complete
+        self.notices = []
         self.shape = (height, width, channels)
         self.frames = 0  # written so far
 
@@ -174,9 +179,19 @@ class Writer(ABC):
 
     def write_packed(self, planes: Sequence[Tensor], time: Moment) -> None:
         """Append a frame that `pack` has prepared: the second half of `write`."""
-        with _saving(self.dst):
+        with saving(self.dst):
             self._write(planes, time)
         self.frames += 1
+
+    def land_beside(self) -> Path:
+        """Have what was written so far, because there will be no more, completed beside `dst`, which stays as it is.
+
+        Returns:
+            The free name that it will get: NAME.partial.EXT, or one with a number.
+        """
+        names = (self.dst.with_name(f"{self.dst.stem}.partial{n if n > 1 else ''}{self.dst.suffix}") for n in count(1))
+        self.landing = next(name for name in names if not name.exists())
+        return self.landing
 
     @abstractmethod
     def _pack(self, frame: Tensor) -> list[Tensor]:
@@ -209,11 +224,11 @@ class Writer(ABC):
             if kind is None:
                 if not self.frames:
                     raise MediaError(f"{self.dst.name} was not written: there was no frame to put in it.")
-                with _saving(self.dst):
+                with saving(self.dst):
                     self._finish()
-                    if self.partial.is_dir() and self.dst.is_dir():
-                        self.dst.rmdir()  # empty: folders with something in them are refused at opening
-                    os.replace(self.partial, self.dst)
+                    if self.partial.is_dir() and self.landing.is_dir():
+                        self.landing.rmdir()  # empty: folders with something in them are refused at opening
+                    os.replace(self.partial, self.landing)
                 complete = True
         finally:
             if not complete:
@@ -221,7 +236,8 @@ class Writer(ABC):
 
 
 @contextmanager
-def _saving(dst: Path) -> Iterator[None]:
+def saving(dst: Path) -> Iterator[None]:
+    """Where a file cannot be written, this is one sentence."""
     try:
         yield
     except (OSError, av.FFmpegError) as error:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import MediaError
-from .media import Frame, MediaInfo, Moment, Orientation, Reader, Writer, integers
+from .media import Frame, MediaInfo, Moment, Orientation, Reader, Writer, integers, saving
 from .planes import Coding, rgb_from_frame
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -123,6 +124,51 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda each: [int(part) if part.isdigit() else part for part in _parts(each.name)])
 
 
+def why_no_clip(folder: Path) -> str | None:
+    """Why the images of a folder are separate pictures, in words that follow "because"; None if they are a clip.
+
+    A clip has one size, and names that differ in nothing but a number, of which most are there.
+    """
+    images = images_in(folder)
+    if len(images) == 1:
+        return "there is only one"
+    if (numbers := _numbers(images)) is None:
+        return "their names are not one numbered sequence"
+    if (numbers[-1] - numbers[0] + 1) > 2 * len(numbers):
+        return f"most numbers between {numbers[0]} and {numbers[-1]} are missing"
+    if len(set(map(_size, images)) - {None}) > 1:
+        return "they differ in size"
+    return None
+
+
+def missing_numbers(folder: Path) -> list[int]:
+    """Numbers that the names of a clip leave out between the first and the last."""
+    numbers = _numbers(images_in(folder)) or [0]
+    return sorted({*range(numbers[0], numbers[-1])} - {*numbers})
+
+
+def _numbers(images: Sequence[Path]) -> list[int] | None:
+    """What counts up in names that are otherwise the same."""
+    names = [_parts(image.stem) for image in images]
+    if not names or len(set(map(len, names))) > 1:
+        return None
+    # Text and digits take turns.
+    varying = [index for index, parts in enumerate(zip(*names, strict=True)) if len(set(parts)) > 1]
+    if len(varying) != 1 or varying[0] % 2 == 0:
+        return None
+    numbers = [int(name[varying[0]]) for name in names]
+    return numbers if all(before < after for before, after in pairwise(numbers)) else None
+
+
+def _size(image: Path) -> tuple[int, int] | None:
+    try:
+        # Not more than that: to tell which way up it is, a PNG would have to be decoded.
+        with _opened(image) as opened:
+            return opened.size
+    except MediaError:  # told when it is read
+        return None
+
+
 class StillReader(Reader):
     """The picture of an image, or those of a folder in natural order, at a constant rate."""
 
@@ -147,6 +193,8 @@ class ImageWriter(Writer):
         super().__init__(dst, width=width, height=height, channels=4 if alpha else 3)
         _check_alpha(dst, alpha)
         self.source = source
+        with saving(dst):  # what cannot be is told before any work
+            self.partial.touch()
 
     def _pack(self, frame: Tensor) -> list[Tensor]:
         return [integers(frame, _written_depth(self.dst, self.source.bit_depth))]
@@ -166,14 +214,20 @@ class FolderWriter(Writer):
     def __init__(self, dst: Path, source: MediaInfo, *, width: int, height: int, alpha: bool) -> None:
         super().__init__(dst, width=width, height=height, channels=4 if alpha else 3)
         self.source = source
+        if source.audio:
+            self.notices.append(f"A folder of images holds no sound: that of {source.path.name} is left out.")
         self.originals = images_in(source.path) if source.kind == "folder" else []
         for original in self.originals:
             _check_alpha(original, alpha)
+        if dst.exists() and not dst.is_dir():
+            raise MediaError(f"{dst.name} is a file without a suffix, so its kind is unknown; name a video, an image "
+                             "or a new folder.")  # fmt: skip
         if dst.exists() and any(dst.iterdir()):
             raise MediaError(f"The folder {dst.name} is not empty; name a new one, so that nothing in it is lost.")
-        if self.partial.exists():
-            shutil.rmtree(self.partial)  # left by a run that was killed
-        self.partial.mkdir()
+        with saving(dst):
+            if self.partial.exists():
+                shutil.rmtree(self.partial)  # left by a run that was killed
+            self.partial.mkdir()
 
     def _pack(self, frame: Tensor) -> list[Tensor]:
         # For those of its images that can have as many bits; the others make theirs of them.

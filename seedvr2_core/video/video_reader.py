@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice, pairwise
+from operator import mul
 from pathlib import Path
 
 import av
@@ -17,14 +20,20 @@ from ..errors import MediaError
 from .media import Frame, MediaInfo, Moment, Orientation, Reader
 from .planes import MATRICES, PRIMARIES, RANGES, TRANSFERS, coding_of, depth_of, has_alpha, rgb_from_frame
 
+logger = logging.getLogger(__name__)
+
 # FFmpeg's own VP8 and VP9 decoders skip the alpha layer, which WebM announces in a tag.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Containers whose clock starts anywhere, often hours in.
 BROADCAST = {"mpegts", "mpeg"}
 # Containers that announce their length and end without complaint when they are cut short.
 SILENTLY_SHORT = {"matroska,webm"}
+# Seconds of which such a file may be short; and frames, so as to leave rounding aside, of which it may be silently.
+MAY_LACK, LITTLE = 1, Fraction(3, 2)
 # Packets that `probe_video` reads; enough for the first frame to come out and for a rate to show.
 LOOKED_AT = 60
+# How it shows, while reading, that a file is damaged.
+DAMAGE = (av.FFmpegError, MediaError)
 # Frames by which decoding order may run ahead of showing (ITU-T H.264, max_num_reorder_frames).
 REORDERED = 16
 
@@ -86,7 +95,7 @@ class VideoReader(Reader):
                 pixels = rgb_from_frame(frame, coding, alpha=info.has_alpha)
                 count, shown = count + 1, time.start + time.duration
                 yield Frame(upright.apply(pixels), time)
-        except (av.FFmpegError, MediaError) as error:
+        except DAMAGE as error:
             raise MediaError(
                 f"{info.path.name} is damaged: {count} frames ({float(shown):.2f} s) can be read, then "
                 f"{getattr(error, 'strerror', error)}; repair the file or cut it there."
@@ -103,14 +112,20 @@ def _timed(info: MediaInfo) -> Iterator[tuple[av.VideoFrame, Moment]]:
     """
     waiting, start, stay = None, Fraction(0), Fraction(0)
     tick = info.time_base or 1 / info.fps
-    for frame, own_start, duration in _decoded(info):
-        after = start + stay if own_start is None else own_start
-        if waiting is not None:
-            after = max(after, start + tick)  # damaged clocks stand still or run backwards
-            yield waiting, Moment(start, after - start)
-        waiting, start, stay = frame, after, duration
+    damage = None
+    try:
+        for frame, own_start, duration in _decoded(info):
+            after = start + stay if own_start is None else own_start
+            if waiting is not None:
+                after = max(after, start + tick)  # damaged clocks stand still or run backwards
+                yield waiting, Moment(start, after - start)
+            waiting, start, stay = frame, after, duration
+    except DAMAGE as error:
+        damage = error
     if waiting is not None:
         yield waiting, Moment(start, stay)
+    if damage:
+        raise damage
 
 
 def _decoded(info: MediaInfo) -> Iterator[tuple[av.VideoFrame, Fraction | None, Fraction]]:
@@ -120,16 +135,24 @@ def _decoded(info: MediaInfo) -> Iterator[tuple[av.VideoFrame, Fraction | None, 
         stream.thread_type = "AUTO"
         decoder = _decoder(stream)
         ticks: dict[int, int] = {}  # durations; older versions of av keep them on packets only
-        for packet in _packets(container):
-            if packet.stream.index != stream.index:  # its own stream_index is 0 on the packet that ends a stream
-                continue
-            if packet.is_corrupt:
-                raise MediaError("a frame is cut short")
-            if packet.pts is not None:
-                ticks[packet.pts] = packet.duration or 0
-            for frame in decoder.decode(packet):
-                start = None if frame.pts is None else frame.pts * stream.time_base - info.start
-                yield frame, start, ticks.pop(frame.pts, 0) * stream.time_base or 1 / info.fps
+
+        def timed(frame: av.VideoFrame) -> tuple[av.VideoFrame, Fraction | None, Fraction]:
+            start = None if frame.pts is None else frame.pts * stream.time_base - info.start
+            return frame, start, ticks.pop(frame.pts, 0) * stream.time_base or 1 / info.fps
+
+        try:
+            for packet in _packets(container, stream, info):
+                if packet.stream.index != stream.index:  # its own stream_index is 0 on the packet that ends a stream
+                    continue
+                if packet.is_corrupt:
+                    raise MediaError("a frame is cut short")
+                if packet.pts is not None:
+                    ticks[packet.pts] = packet.duration or 0
+                yield from map(timed, decoder.decode(packet))
+        except DAMAGE:
+            with suppress(av.FFmpegError):  # there may be nothing more
+                yield from map(timed, decoder.decode(None))  # good frames that wait for those to be shown before them
+            raise
 
 
 @contextmanager
@@ -196,17 +219,26 @@ def _decoder(stream: av.VideoStream) -> av.VideoStream | av.CodecContext:
     return stream
 
 
-def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:
+def _packets(
+    container: av.container.InputContainer, stream: av.VideoStream, info: MediaInfo
+) -> Iterator[av.Packet]:
     """Packets of all streams, so that an early end shows even where sound outlasts the picture."""
-    end = Fraction(0)
+    end = shown = Fraction(0)
     for packet in container.demux():
         if packet.pts is not None:
-            end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            after = (packet.pts + (packet.duration or 0)) * packet.time_base
+            end, shown = max(end, after), max(shown, after) if packet.stream.index == stream.index else shown
         yield packet
     if container.format.name in SILENTLY_SHORT and container.duration:
         announced = Fraction(container.duration, av.time_base)
-        if announced - end > 1:
+        if announced - end > MAY_LACK:
             raise MediaError(f"the file ends, though it announces {float(announced):.2f} s")
+        # A tag that outlasts the file is left from before it was cut.
+        tag = _tagged_duration(stream)
+        whole, found = (tag, shown) if tag and tag <= announced else (announced, end)
+        if (whole - found) * info.fps > LITTLE:
+            logger.warning("%s announces %.2f s, but only %.2f s were found; its end may be missing.",
+                           info.path.name, whole, found)  # fmt: skip
 
 
 def _orientation(frame: av.VideoFrame) -> Orientation:
@@ -224,6 +256,12 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     if stream.duration and container.format.name not in BROADCAST:  # which do not know
         return stream.duration * stream.time_base
     return Fraction(container.duration, av.time_base) if container.duration else None
+
+
+def _tagged_duration(stream: av.VideoStream) -> Fraction | None:
+    """Seconds that Matroska notes for a single stream."""
+    found = re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return sum(map(mul, map(Fraction, found.groups()), (3600, 60, 1)), Fraction(0)) if found else None
 
 
 def _varies(stamps: list[int]) -> bool | None:

@@ -56,12 +56,13 @@ class VideoWriter(Writer):
             dst, codec, width=width, height=height, bit_depth=source.bit_depth, alpha=alpha
         )
         if depth_of(self.pixel_format) < min(source.bit_depth, 10):
-            logger.warning("%s holds 8 bits per colour; its source has %d", dst.name, source.bit_depth)
+            self.notices.append(f"{dst.name} holds 8 bits per colour; its source has {source.bit_depth}.")
         self.coding = _coding(source, self.pixel_format)
         # The source's own clock, so that every timestamp of a variable rate stays exact.
         self.time_base = source.time_base or 1 / source.fps
         self._durations: dict[int, int] = {}
         self._last = -math.inf
+        self._end = Fraction(0)  # of the last frame, in seconds
         self._stack = ExitStack()
         with ExitStack() as undo:
             undo.callback(self.discard)
@@ -81,6 +82,7 @@ class VideoWriter(Writer):
         self._stack.callback(self._container.close)
         self._video = self._add_video(encoder, source)
         self._copy = self._stack.enter_context(StreamCopy(source, self._container, self.dst))
+        self.notices += self._copy.notices
         self._container.start_encoding()
 
     def _add_video(self, encoder: Encoder, source: MediaInfo) -> av.VideoStream:
@@ -121,6 +123,7 @@ class VideoWriter(Writer):
             raise MediaError(f"{self.dst.name} got a frame for {float(time.start):.3f} s after a later one.")
         self._last = picture.pts
         self._durations[picture.pts] = max(1, round(time.duration / self.time_base))
+        self._end = time.start + time.duration
         self._mux(self._video.encode(picture))
 
     def _mux(self, packets: list[av.Packet]) -> None:
@@ -132,7 +135,8 @@ class VideoWriter(Writer):
 
     def _finish(self) -> None:
         self._mux(self._video.encode(None))
-        self._copy.until(math.inf)
+        # A clip that was cut short keeps the sound that belongs to it.
+        self._copy.until(math.inf if self.landing == self.dst else self._end)
         self._container.close()
         self._stack.close()
 
@@ -156,6 +160,7 @@ class StreamCopy:
         self._streams: dict[int, av.stream.Stream] = {}
         self._waiting: av.Packet | None = None
         self._packets = iter(())
+        self.notices: list[str] = []
         if source.kind != "video":
             return
         container = self._stack.enter_context(opened(source.path))
@@ -163,7 +168,7 @@ class StreamCopy:
             if stream.type in ("audio", "subtitle"):
                 self._add(stream, source.path, dst)
             elif stream.type != "video":
-                logger.warning("%s: stream %d (%s) is not copied", source.path.name, stream.index, stream.type)
+                self.notices.append(f"{source.path.name}: stream {stream.index} ({stream.type}) is not copied.")
         target.metadata.update({k: v for k, v in container.metadata.items() if k.lower() not in STALE_TAGS})
         if hasattr(target, "set_chapters"):  # since av 15
             target.set_chapters(container.chapters())
@@ -178,15 +183,15 @@ class StreamCopy:
         except ValueError as error:
             what = f"{path.name}: {stream.type} stream {stream.index} ({describe(stream)})"
             if stream.type == "audio":
-                raise MediaError(f"{what} does not fit into {dst.name}; name an .mkv file instead.") from error
-            logger.warning("%s does not fit into %s and is not copied", what, dst.name)
+                raise MediaError(f"{what} does not fit into {dst.name}; choose .mkv, which takes all.") from error
+            self.notices.append(f"{what} does not fit into {dst.name} and is not copied.")
             return
         copy.metadata.update({k: v for k, v in stream.metadata.items() if k.lower() in KEPT_STREAM_TAGS})
         self._streams[stream.index] = copy
 
     def until(self, seconds: Fraction | float) -> None:
         """Copy what comes before a time, so that sound lies beside its pictures in the file."""
-        while packet := self._waiting or next(self._packets, None):
+        while packet := self._waiting or self._next():
             self._waiting = None
             if not packet.size:  # marks the end of a stream
                 continue
@@ -198,6 +203,15 @@ class StreamCopy:
             packet.pts = None if packet.pts is None else packet.pts - shift
             packet.stream = self._streams[packet.stream_index]
             self._target.mux(packet)
+
+    def _next(self) -> av.Packet | None:
+        try:
+            return next(self._packets, None)
+        except av.FFmpegError as error:
+            # Whoever reads the pictures from the same file meets this too, and refuses the file.
+            logger.warning("The sound cannot be copied to its end (%s).", error.strerror)
+            self._packets = iter(())
+            return None
 
     def __enter__(self) -> StreamCopy:
         return self

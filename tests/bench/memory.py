@@ -76,6 +76,7 @@ def make_models(vae: VAEConfig, dit: DiTConfig, dtype: torch.dtype, device: torc
         dit=pack(build(lambda: DiT(dit), dtype, device)),
         prompts=Prompts(positive=random((58, dit.text_dim), torch.float32, device), negative=None),
         label="random",
+        device=torch.empty(0, device=device).device,
     )
 
 

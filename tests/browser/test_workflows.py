@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from tests.browser.pages import Page, Pages
 from tests.host.server import ROOT, Graph, failure, succeeded
 
+PREFIX = """text => { const node = app.graph.nodes.find(node => node.type === "SVR2RestoreVideo");
+  node.widgets.find(widget => widget.name === "filename_prefix").value = text }"""
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
@@ -72,6 +75,15 @@ def test_it_runs_at_a_click_and_stays_tidy(page: Page, workflow: Path, screensho
     page.screenshot(screenshots / f"graph_{workflow.stem}.png")
     assert_tidy(page)
     assert not page.errors
+
+
+def test_a_date_in_the_prefix_is_replaced_as_in_the_pages_own_nodes(pages: Pages):
+    page = pages.open()
+    page.load(ROOT / "workflows" / "restore_video.json")
+    page.browser.evaluate(PREFIX, "video/%date:yyyy%/%width%")
+    (node,) = [node for node in page.prompt().values() if node["class_type"] == "SVR2RestoreVideo"]
+    assert re.fullmatch(r"video/20\d\d/%width%", node["inputs"]["filename_prefix"])
+    page.close()
 
 
 def test_every_workflow_has_a_twin_and_a_thumbnail():

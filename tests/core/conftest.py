@@ -48,6 +48,7 @@ def runnable() -> Models:
         vae=VideoVAE(RUNNABLE_VAE).requires_grad_(False).eval(),
         prompts=Prompts(positive=torch.randn(3, 64), negative=torch.randn(4, 64)),
         label="tiny",
+        device=torch.device("cpu"),
     )
 
 

@@ -7,7 +7,7 @@ from seedvr2_core.diffusion.conditioning import with_mask
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.models.vae import posterior
 from seedvr2_core.video import color, geometry
-from tests.core.published import centre_crop, repeat_last_indices
+from tests.core.published import area_size, centre_crop, repeat_last_indices
 
 ATOL = 3e-5
 
@@ -25,7 +25,7 @@ def test_frames_come_out_as_published(golden, tiny_vae, case):
     assert scale == spec["scaling_factor"]
 
     frames = tensors["frames_u8"].float() / 255
-    size = geometry.Target.area(spec["res_h"], spec["res_w"]).size(*frames.shape[-2:])
+    size = area_size(spec["res_h"], spec["res_w"], *frames.shape[-2:])
     style = geometry.to_clip(centre_crop(geometry.resize(frames, *size)))  # T 3 H W
     clip = style.transpose(0, 1)[None]
     close(clip[0], tensors["transformed"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seedvr2_core.__main__ import main
+from seedvr2_core.__main__ import Bar, main
 from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE, pick
 from seedvr2_core.errors import CheckpointError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
@@ -106,6 +107,7 @@ def test_a_video_is_restored_and_reported(tiny, tmp_path):
             "windows": None,
             "attention": "auto",
             "chunk": 9,
+            "one_shot": False,
             "memory_limit": 2 << 30,
         },
         "device": "cpu",
@@ -149,6 +151,91 @@ def test_a_folder_becomes_a_video_at_the_rate_given(tiny, tmp_path):
     assert (probe(dst).frames, probe(dst).fps) == (3, Fraction(24000, 1001))
 
 
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Pictures that have nothing to do with each other, nor all one size."""
+    (tmp_path / "photos").mkdir()
+    for name, height in (("ann.png", 12), ("bob.png", 20), ("eve.jpg", 12)):
+        picture(tmp_path / "photos" / name, height)
+    return tmp_path / "photos"
+
+
+def test_separate_pictures_are_restored_each_by_itself(tiny, photos, tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with caplog.at_level("INFO"):
+        assert main(["restore", str(photos), str(tmp_path / "out"), *tiny]) == 0
+    assert caplog.messages[0] == (
+        f"{photos}: 3 separate pictures, because their names are not one numbered sequence; --clip if they are frames"
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "bob.png", "eve.jpg", "mine.txt"}
+    for name in ("ann.png", "bob.png", "eve.jpg"):
+        assert main(["restore", str(photos / name), str(tmp_path / name), *tiny]) == 0
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_picture_that_cannot_be_read_does_not_keep_others_from_being_restored(tiny, photos, tmp_path, capsys):
+    (photos / "bob.png").write_bytes(b"no picture")
+    report = tmp_path / "run.json"
+    assert main(["restore", str(photos), str(tmp_path / "out"), *tiny, "--json", str(report)]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedvr2: ")]
+    assert "bob.png is not a readable image" in said[0]
+    assert "1 of 3 pictures could not be restored (bob.png)" in said[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "eve.jpg"}
+    rows = json.loads(report.read_text())
+    assert [Path(row["source"]).name for row in rows["pictures"]] == ["ann.png", "eve.jpg"]
+    assert list(rows["failed"]) == ["bob.png"]
+
+
+def test_numbered_images_are_frames_unless_told_otherwise(tiny, tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    for number in (1, 2, 4):
+        picture(tmp_path / "in" / f"IMG_{number:04d}.png")
+    for kind, line in (
+        ([], "3 frames of a clip; 1 number missing between them, the first is 3; --pictures if they are separate"),
+        (["--pictures"], "3 separate pictures"),
+        (["--clip"], "3 frames of a clip; 1 number missing between them, the first is 3"),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main(["restore", str(tmp_path / "in"), str(tmp_path / f"out{kind}"), *tiny, *kind]) == 0
+        assert caplog.messages[0] == f"{tmp_path / 'in'}: {line}"
+    frame = [(tmp_path / f"out{kind}" / "IMG_0004.png").read_bytes() for kind in ([], ["--clip"], ["--pictures"])]
+    assert frame[0] == frame[1] != frame[2]
+
+
+def test_a_file_goes_into_a_folder_under_its_own_name(tiny, tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "clip.mp4").write_bytes(b"old")
+    (tmp_path / "out" / ".gone.partial.mp4").touch()
+    os.utime(tmp_path / "out" / ".gone.partial.mp4", (0, 0))
+    for source in (picture(tmp_path / "in.png"), video(tmp_path / "clip.mp4", 2), video(tmp_path / "tape.avi", 2)):
+        with caplog.at_level("INFO"):
+            assert main(["restore", str(source), str(tmp_path / "out"), *tiny, "--same"]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"in.png", "clip.mp4", "tape.mkv", ".gone.partial.mp4"}
+    assert probe(tmp_path / "out" / "clip.mp4").frames == 2
+    assert sum(message.endswith("in place of the file that was there") for message in caplog.messages) == 1
+    assert ".gone.partial.mp4 seems to be left by a run that was killed" in caplog.text
+
+
+# --- the bar ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_ends_with_the_frames_there_were_and_fills_no_log(capsys):
+    with Bar() as bar:
+        for stage in ("encode", "decode"):
+            for done in range(300):
+                bar(stage, done / 30, 13)
+        bar.finish(9)
+    written = capsys.readouterr().err
+    assert written.endswith("9/9 frames\n") and "100%" in written
+    assert written.count("\r") < 5
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +259,11 @@ def test_a_folder_becomes_a_video_at_the_rate_given(tiny, tmp_path):
         (["in.png", "out.png", "--memory-limit", "0G"], "'0G' is no amount of memory"),
         (["in.png", "out.png", "--memory-limit", "8"], "a unit, such as 8G"),
         (["in.png", "out.png", "--memory-limit", "1K"], "of memory or more, of which 1 MiB may be used"),
+        (["in.png", "plain"], "plain is a file without a suffix"),
+        (["in.png", "out.png", "--scale", "9999"], "beyond the limit"),
+        (["in.png", "out.png", "--size", "0x10"], "exact 0 x 10"),
+        (["in.png", "out.png", "--json", "no/run.json"], "run.json cannot be written"),
+        (["in.png", "out.png", "--json", "empty"], "empty cannot be written"),
         (["in.png", "out.png", "--size", "40000x40000"], "Restoring at 40000 x 40000 takes"),
         (["in.png", "out.png", "--device", "toaster"], "'toaster' cannot be used"),
         (["in.png", "out.png", "--attention", "flash_3"], "'flash_3' cannot run here"),
@@ -185,17 +277,52 @@ def test_a_mistake_is_one_sentence(tiny, tmp_path, monkeypatch, capsys, argument
     picture(tmp_path / "in.png")
     (tmp_path / "notes.txt").write_text("hello\n" * 100)
     (tmp_path / "text.mp4").write_text("hello\n" * 100)
+    (tmp_path / "plain").write_text("hello\n")
     (tmp_path / "empty").mkdir()
     assert main(["restore", *arguments[:2], *tiny, *arguments[2:]]) == 1
     assert said in sentence(capsys.readouterr().err)
-    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "notes.txt", "text.mp4", "empty"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "notes.txt", "text.mp4", "plain", "empty"}
 
 
-def test_a_report_that_cannot_be_written_does_not_lose_the_work(tiny, tmp_path, capsys):
-    src, dst = picture(tmp_path / "in.png"), tmp_path / "out.png"
-    assert main(["restore", str(src), str(dst), *tiny, "--json", str(tmp_path / "no" / "run.json")]) == 1
-    assert "run.json cannot be written" in capsys.readouterr().err.splitlines()[-1]
-    assert dst.exists()
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["clip.mp4", "no/out.mp4"], "make it first"),
+        (["clip.mp4", "clip.mp4"], "is the file being read"),
+        (["clip.mp4", "out.avi"], "ends in none of"),
+        (["clip.mp4", "out.png"], "holds one picture"),
+        (["clear.png", "out.jpg"], "cannot hold transparency"),
+        (["clear.png", "out.mp4"], "cannot hold transparency"),
+        (["numbered", "full"], "is not empty"),
+        (["photos", "photos"], "is the folder being read"),
+        (["photos", "no/out"], "make it first"),
+        (["clear.png", "out.png", "--clip"], "clear.png is a file"),
+        (["photos", "clear.png", "--pictures"], "go into a folder"),
+        (["clip.mp4", "out.mp4", "--scale", "9999"], "beyond the limit"),
+        (["clip.mp4", "out.mp4", "--json", "no/run.json"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_output_is_refused_before_models_are_loaded(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("seedvr2_core.__main__.load_models", lambda *_: pytest.fail("models were loaded"))
+    video(tmp_path / "clip.mp4", 2)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    for name in ("photos/ann.png", "photos/bob.png", "full/1.png", "numbered/1.png", "numbered/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(tmp_path / name)
+    before = set(tmp_path.rglob("*"))
+    assert main(["restore", *arguments]) == 1
+    assert said in sentence(capsys.readouterr().err)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_memory_that_a_refusal_asks_for_is_enough(tiny, tmp_path, capsys):
+    command = ["restore", str(picture(tmp_path / "in.png")), str(tmp_path / "out.png"), *tiny, "--memory-limit"]
+    assert main([*command, "1M"]) == 1
+    needed = re.search(r"takes (\d+) MiB of memory or more", capsys.readouterr().err)[1]
+    assert main([*command, f"{int(needed) - 2}M"]) == 1
+    assert main([*command, f"{needed}M"]) == 0
 
 
 def test_a_refusal_prints_nothing_else(tmp_path):
@@ -233,6 +360,13 @@ def test_wrong_arguments_exit_with_two(arguments, capsys):
     assert "usage: seedvr2" in capsys.readouterr().err
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert re.match(r"seedvr2 \S+", capsys.readouterr().out)
+
+
 # --- info ------------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +374,18 @@ def test_info_describes_a_video(tmp_path, capsys):
     assert main(["info", str(video(tmp_path / "in.mp4", 3))]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (lines["kind"], lines["width"], lines["frames"], lines["fps"]) == ("video", "32", "3", "25")
+
+
+def test_info_gives_decimals_and_says_whether_a_folder_is_a_clip(tmp_path, photos, capsys):
+    with av.open(str(tmp_path / "in.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(24000, 1001))
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for each in (av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8)), None):
+            container.mux(stream.encode(each))
+    assert main(["info", str(tmp_path / "in.mkv")]) == main(["info", str(photos)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert lines["fps"] == "23.976" and re.fullmatch(r"0\.04\d? s", lines["duration"])
+    assert lines["kind"] == "folder of separate pictures" and lines["pictures"] == "3"
 
 
 def test_info_describes_a_checkpoint(runnable_files, capsys):
@@ -363,9 +509,11 @@ def test_an_interrupt_stops_soon_and_leaves_nothing(tiny, tmp_path):
         )  # fmt: skip
     try:
         for number, run in runs.items():
-            while not (folder / f".{number.name}.partial.mp4").exists() and run.poll() is None:
-                time.sleep(0.02)
-        time.sleep(0.3)
+            # Before models are loaded it is there for a moment, to see whether it can be.
+            seen = 0
+            while seen < 10 and run.poll() is None:
+                seen = seen + 1 if (folder / f".{number.name}.partial.mp4").exists() else 0
+                time.sleep(0.03)
         sent = time.monotonic()
         for number, run in runs.items():
             run.send_signal(number)

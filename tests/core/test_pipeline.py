@@ -36,6 +36,7 @@ from seedvr2_core.video.geometry import (
     to_clip,
     to_frames,
 )
+from seedvr2_core.video.shots import AROUND
 from tests.core.conftest import RUNNABLE_VAE
 
 STAGES = ("encode", "restore", "decode")
@@ -69,6 +70,20 @@ def test_as_many_frames_come_out_as_went_in(runnable, frames):
     assert out.min() >= 0 and out.max() <= 1
 
 
+@pytest.mark.parametrize("before", [1, 6, 22])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_nothing_of_a_shot_shows_in_the_next(runnable, before, channels):
+    first, second = clip(before, channels=channels), clip(11, channels=channels).flip(2) ** 3
+    settings, calls = replace(SHORT, color="lab"), []
+    film = torch.cat([first, second])
+    out = restore(film, runnable, settings, lambda stage, done, total: calls.append((stage, done, total)))
+    alone = [restore(shot, runnable, settings) for shot in (first, second)]
+    assert torch.equal(out, torch.cat(alone))
+    assert calls[-1][1:] == (len(film), len(film)) and {total for *_, total in calls} == {len(film)}
+    bled = restore(film, runnable, replace(settings, one_shot=True))
+    assert not torch.allclose(bled[before:], out[before:], atol=1e-3)
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 1), (17, 33), (5, 40), (16, 16)])
 def test_any_size_is_restored_at_that_size(runnable, height, width, channels):
@@ -86,10 +101,8 @@ def test_any_size_is_restored_at_that_size(runnable, height, width, channels):
         (Target.scale(2), (30, 44)),
         (Target.scale(0.5), (8, 11)),
         (Target.short_side(20), (20, 29)),
-        (Target.short_side(20, 25), (17, 25)),
         (Target.long_side(33), (22, 33)),
         (Target.megapixels(0.001), (26, 38)),
-        (Target.area(20, 30), (20, 30)),
         (Target.exact(31, 17), (31, 17)),
     ],
     ids=str,
@@ -339,8 +352,8 @@ def test_memory_does_not_grow_with_the_number_of_frames(runnable):
         if yielded % 16 == 1:
             held.append(sum(each.nbytes for each in gc.get_objects() if type(each) is Tensor))
     assert yielded == FRAMES
-    assert max(ahead) <= SHORT.chunk + 3 * PIECE
-    assert max(alive) <= INSIDE + PIECE
+    assert max(ahead) <= SHORT.chunk + 3 * PIECE + AROUND
+    assert max(alive) <= INSIDE + PIECE + AROUND
     assert max(held[-3:]) <= held[-4]
 
 
@@ -373,8 +386,8 @@ def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tm
     assert report.frames == written == FRAMES
     assert len(set(threads)) == 2 and threading.current_thread() not in threads
     # One more is in each thread's hands.
-    assert max(ahead) <= SHORT.chunk + 3 * PIECE + READ_AHEAD + WRITE_BEHIND + 2
-    assert max(alive) <= INSIDE + PIECE + READ_AHEAD + 1
+    assert max(ahead) <= SHORT.chunk + 3 * PIECE + AROUND + READ_AHEAD + WRITE_BEHIND + 2
+    assert max(alive) <= INSIDE + PIECE + AROUND + READ_AHEAD + 1
 
 
 class Failing:

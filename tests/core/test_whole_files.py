@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -192,13 +193,13 @@ def test_the_smallest_image_is_enlarged(runnable, tmp_path, width, height):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def refusal(source: Path, models: Models) -> str:
-    """The sentence with which a file is refused; nothing is left of the attempt."""
+def refusal(source: Path, models: Models, left: str = "", name: str = "out.mp4") -> str:
+    """The sentence with which a file is refused; nothing is left of the attempt but the file named."""
     folder = source.parent
     before = {path.name for path in folder.iterdir()}
     with pytest.raises(MediaError) as error:
-        run(source, folder / "out.mp4", models)
-    assert {path.name for path in folder.iterdir()} == before
+        run(source, folder / name, models)
+    assert {path.name for path in folder.iterdir()} - before == ({left} if left else set())
     said = str(error.value)
     assert said.endswith(".") and "\n" not in said and source.name in said
     return said
@@ -209,15 +210,50 @@ def test_a_text_is_no_video(runnable, tmp_path):
     assert "not a video" in refusal(tmp_path / "in.mp4", runnable)
 
 
-def test_a_video_cut_short_is_refused(shipped, runnable, tmp_path):
+def test_what_can_be_read_of_a_video_cut_short_is_kept_with_its_sound(shipped, transparent, tmp_path):
     (tmp_path / "in.mp4").write_bytes(shipped.read_bytes()[:-20000])
-    refusal(tmp_path / "in.mp4", runnable)
+    (tmp_path / "out.mp4").write_bytes(b"old")
+    said = refusal(tmp_path / "in.mp4", transparent, left="out.partial.mp4")
+    assert (tmp_path / "out.mp4").read_bytes() == b"old"
+    good, whole = int(re.search(r"(\d+) frames \(", said)[1]), probe(shipped).frames
+    assert f"; {good} of {whole} frames were restored and are in {tmp_path / 'out.partial.mp4'}." in said
+    kept, source = frames(tmp_path / "out.partial.mp4"), frames(shipped)[:good]
+    assert 0 < len(kept) == good < whole
+    for was, now in zip(source, kept, strict=True):
+        assert now.time.start == was.time.start and difference(now, was) < 0.02
+    end = kept[-1].time.start + kept[-1].time.duration
+    heard = sound(tmp_path / "out.partial.mp4")
+    assert heard == sound(shipped)[: len(heard)] and end - Fraction(1, 10) < heard[-1][0] <= end
+    refusal(tmp_path / "in.mp4", transparent, left="out.partial2.mp4")
+
+
+def test_sound_beyond_the_last_good_frame_is_left_out(shipped, transparent, tmp_path):
+    """The pictures in the middle are damaged, all of the sound is there."""
+    data = bytearray(shipped.read_bytes())
+    with av.open(str(shipped)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[len(packets) // 2 :]:
+        data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    (tmp_path / "in.mp4").write_bytes(data)
+    refusal(tmp_path / "in.mp4", transparent, left="out.partial.mp4")
+    end = sum((frame.time.duration for frame in frames(tmp_path / "out.partial.mp4")), Fraction(0))
+    assert 0 < sound(tmp_path / "out.partial.mp4")[-1][0] <= end < sound(shipped)[-1][0]
 
 
 def test_a_video_damaged_in_the_middle_tells_how_much_of_it_is_good(sample, transparent, tmp_path):
     data = sample("lq/clips/roadtrip_10bit_426x240.webm").read_bytes()
     (tmp_path / "in.webm").write_bytes(data[: len(data) // 3])
-    assert " frames (" in refusal(tmp_path / "in.webm", transparent)
+    assert " frames (" in refusal(tmp_path / "in.webm", transparent, left="out.partial.mp4")
+
+
+def test_pictures_before_one_that_is_damaged_are_kept(folder, transparent, tmp_path):
+    for image in folder.iterdir():
+        still(image.with_suffix(".jpg"), 32, 32)
+        image.unlink()
+    (folder / "11.jpg").write_bytes((folder / "11.jpg").read_bytes()[:-100])
+    with pytest.raises(MediaError, match=r"11\.jpg .*; 3 of 6 frames were restored and are in .*out\.partial\.$"):
+        run(folder, tmp_path / "out", transparent)
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"8.jpg", "9.jpg", "10.jpg"}
 
 
 def test_a_video_without_a_frame_is_refused(shipped, runnable, tmp_path):

@@ -258,6 +258,86 @@ def test_a_path_serves_as_well_as_a_video(server: Server, clip):
     assert files(entry, "restore")[0]["filename"].endswith(".mp4")
 
 
+def from_path(path: str, **inputs: object) -> Graph:
+    return {"restore": {"class_type": "SVR2RestoreVideo", "inputs": {
+        "path": path, **COMMON, "size.factor": 1.0, "filename_prefix": "video/path", "format": "as the source", **inputs
+    }}}  # fmt: skip
+
+
+def test_a_kind_of_video_that_can_only_be_read_becomes_mkv_and_the_node_says_so(server: Server, tmp_path):
+    source, shown = tmp_path / "old.avi", []
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(stream.encode())
+    graph = from_path(str(source), filename_prefix="video/at 10:30")
+    entry = server.run(graph, on_message=lambda message: shown.append(message) if type(message) is bytes else None)
+    assert succeeded(entry), told(entry)
+    (file,) = files(entry, "restore")
+    # Windows takes no colon in a name.
+    assert file["filename"].startswith("at 10_30_") and file["filename"].endswith(".mkv")
+    assert any(b"as .mkv" in message for message in shown)
+
+
+def test_sound_that_does_not_fit_is_refused_in_words_that_help_here(server: Server, clip):
+    wrong = failure(server.run(from_path(str(clip), format="webm")))
+    assert wrong["exception_type"] == "SeedVR2.MediaError"
+    assert "choose .mkv, which takes all." in wrong["exception_message"]
+
+
+def test_a_picture_is_sent_to_the_node_for_pictures(server: Server, picture):
+    assert "is a picture, not a video; restore it with Load Image" in told(server.run(from_path(picture("still.png"))))
+
+
+def test_too_few_frames_at_once_are_refused_before_anything_runs(server: Server, picture):
+    graph = restored(picture("few.png"))
+    graph["options"] = {"class_type": "SVR2Options", "inputs": {"memory_limit": 0.0, "frames_at_once": 5}}
+    graph["restore"]["inputs"]["options"] = ["options", 0]
+    assert "frames_at_once is 5; use 9 to 1025, or 0" in str(server.node_errors(graph)["options"]["errors"])
+
+
+def test_a_mask_that_masks_nothing_may_have_any_size(server: Server, picture):
+    graph = restored(picture("unmasked.png"))
+    graph["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 512, "height": 16}}
+    graph["restore"]["inputs"]["mask"] = ["mask", 0]
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+
+
+def test_a_stage_alone_shows_and_logs_only_itself(server: Server):
+    begun, shown = len(server.log()), []
+    graph = {
+        "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 48, "batch_size": 1}},
+        "vae": VAE,
+        "decode": {"class_type": "SVR2Decode", "inputs": {
+            "latent": ["latent", 0], "vae": ["vae", 0],
+            "tiling": "blended tiles", "tiling.tile": 64, "tiling.overlap": 16,
+        }},
+        "save": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
+    }  # fmt: skip
+    entry = server.run(graph, on_message=lambda message: shown.append(message) if type(message) is bytes else None)
+    assert succeeded(entry), told(entry)
+    assert any(b"decode: " in message for message in shown) and not any(b"encode: " in message for message in shown)
+    (line,) = [line for line in server.log()[begun:].splitlines() if "Frames: 1 frame -> 64 x 48" in line]
+    assert "attention" not in line and "restore" not in line and ", ;" not in line
+
+
+def test_freeing_memory_lets_go_of_models_that_no_node_holds(server: Server, picture):
+    graph = restored(picture("free.png"))
+    del graph["model"], graph["restore"]["inputs"]["model"]
+    assert succeeded(server.run(graph))
+    begun = len(server.log())
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    # ComfyUI does it in its own time, and no more after an error there.
+    time.sleep(3)
+    graph["restore"]["inputs"]["seed"] = 99
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    assert "Requested to load VideoVAE" in server.log()[begun:] and "Traceback" not in server.log()[begun:]
+
+
 def test_a_cut_video_is_restored_without_the_rest(server: Server, clip):
     name = server.upload(clip)
     graph = {

@@ -1,86 +1,28 @@
-"""Every node is explained: a help page in English and Chinese, and Chinese names and tooltips, none of them stale.
-
-The schemas are read with a small stand-in for ComfyUI, which records what they are made of and does nothing else.
-"""
+"""Every node is explained: a help page in English and Chinese, and Chinese names and tooltips, none of them stale."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.nodes.standin import ROOT, Recorded, loaded
+
 DOCS = ROOT / "nodes" / "web" / "docs"
 LOCALES = ROOT / "locales"
-# A module that host.py imports, and a module of ComfyUI that it is part of.
-HOST_MODULES = ("comfy", "comfy.model_management", "comfy.model_patcher", "comfy.utils", "folder_paths", "server")
 # A sentence that Chinese is written in holds at least one of these.
 CHINESE = re.compile("[\u4e00-\u9fff]")
 # What vue-i18n, which the page is translated with, takes for its own syntax.
 SYNTAX = re.compile(r"[{}@|$]")
 
 
-class Recorded(SimpleNamespace):
-    """What an input, an output, an option or a schema was made with."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(args=args, **kwargs)
-
-    @property
-    def name(self) -> str:
-        return self.args[0]
-
-
-class StandIn:
-    """Has every attribute that is asked for; a call records its arguments."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return StandIn()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return Recorded(*args, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, Recorded]:
     """The nodes' schemas by their ids."""
-    io = StandIn()
-    io.__dict__.update(ComfyNode=type("ComfyNode", (), {}), Custom=lambda kind: StandIn())
-    api = ModuleType("comfy_api.latest")
-    api.__dict__.update(io=io, ui=StandIn(), Input=StandIn(), InputImpl=StandIn(), Types=StandIn())
-    api.ComfyExtension = type("ComfyExtension", (), {})
-    modules = {"comfy_api": ModuleType("comfy_api"), "comfy_api.latest": api}
-    for name in HOST_MODULES:
-        modules[name] = ModuleType(name)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(modules[parent], child, modules[name])
-    modules["comfy.model_patcher"].ModelPatcher = StandIn()
-    modules["server"].PromptServer = StandIn()
-    modules["folder_paths"].get_filename_list = lambda key: []
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        before = set(sys.modules)
-        spec = importlib.util.spec_from_file_location(
-            "pack_of_this_test", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        pack = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = pack
-        spec.loader.exec_module(pack)
-        made = [node.define_schema() for node in sys.modules[f"{spec.name}.nodes"].NODES]
-        for name in set(sys.modules) - before:
-            if name.startswith(spec.name):
-                del sys.modules[name]
+    with loaded() as pack:
+        made = [node.define_schema() for node in pack("nodes").NODES]
     return {schema.node_id: schema for schema in made}
 
 

@@ -186,7 +186,7 @@ def test_a_phase_of_shorter_clips_cuts_longer_ones(tmp_path):
 
 
 def test_both_variants_of_a_sample_are_used(latents):
-    batches = [latents.planned(step) for step in range(8)]
+    batches = [latents.planned(step, 200) for step in range(8)]
     shifts = [(batch.lq - batch.hq).mean(dim=(1, 2, 3, 4)) / latents.scale for batch in batches]
     assert set(torch.cat(shifts).round().tolist()) == {1.0, 2.0}
 

@@ -1,5 +1,6 @@
 """Finding checkpoints on disk by what they are, not by what they are called."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 
 from seedvr2_core.checkpoints import folders
-from seedvr2_core.checkpoints.folders import default_directory, find_models, search_directories
+from seedvr2_core.checkpoints.folders import (
+    NANO_DIT,
+    NANO_VAE,
+    autoencoder_of,
+    default_directory,
+    find_models,
+    search_directories,
+)
 from seedvr2_core.models.dit import DiT
 
 
@@ -68,3 +76,35 @@ def test_every_folder_of_comfyui_is_searched_once():
         Path("/comfy/models/diffusion_models"),
         Path("/comfy/models/vae"),
     ]
+
+
+def test_one_as_large_as_nano_gets_nanos_autoencoder_wherever_the_published_one_lies(write, tmp_path, monkeypatch, vae):
+    mine = tmp_path / "models" / "mine.safetensors"
+    mine.parent.mkdir()
+    shutil.copy(NANO_DIT, mine)
+    monkeypatch.setattr(folders, "SEEDVR2_VAE", vae.config)
+    beside = write("models/published_vae.safetensors", vae.state_dict())
+    assert autoencoder_of(mine, [beside]) == autoencoder_of(NANO_DIT, [beside]) == NANO_VAE
+    own = shutil.copy(NANO_VAE, mine.parent / "own_vae.safetensors")
+    assert autoencoder_of(mine, [beside]) == own
+
+
+def test_others_get_the_autoencoder_beside_them_or_the_published_one(write, tmp_path, monkeypatch, dit, vae):
+    mine = write("mine/dit.safetensors", dit.state_dict())
+    assert autoencoder_of(mine, [NANO_VAE]) is None
+    monkeypatch.setattr(folders, "SEEDVR2_VAE", vae.config)
+    published = write("elsewhere/vae.safetensors", vae.state_dict())
+    assert autoencoder_of(mine, [NANO_VAE, published]) == published
+    beside = write("mine/vae.safetensors", vae.state_dict())
+    assert autoencoder_of(mine, [published]) == beside
+
+
+def test_a_model_of_ours_that_cannot_be_loaded_is_told_once(write, tmp_path, caplog, dit):
+    write("fp8.safetensors", {name: t.to(torch.float8_e4m3fn) for name, t in dit.state_dict().items()})
+    (tmp_path / "seedvr2_ema_7b-Q4_K_M.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            find_models([tmp_path])
+    told = sorted(record.message.partition(" ")[0] for record in caplog.records if record.levelname == "INFO")
+    assert told == ["fp8.safetensors", "seedvr2_ema_7b-Q4_K_M.gguf"]

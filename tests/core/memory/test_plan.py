@@ -28,6 +28,7 @@ from seedvr2_core.memory.plan import (
 from seedvr2_core.memory.stages import Work, reach, try_restore, weights_of
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT
 from seedvr2_core.models.linear import FP8, Linear
+from seedvr2_core.models.tiling import TiledVAE
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VideoVAE
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
 from seedvr2_core.pipeline import Settings, load_models, plan_clip
@@ -91,6 +92,20 @@ def test_what_no_plan_can_hold_is_told_in_one_sentence():
         planner("3b", "720p", 25).fit(2 * GIB)
 
 
+def test_what_a_size_takes_that_is_not_tried_is_what_a_trial_tells():
+    huge = Planner(replace(work("3b", frames=5), height=2880, width=5120))
+    tried = huge.plan(0, *huge.placements()[-1], [min(CHUNKS)])
+    assert huge.expected(CHUNKS) == pytest.approx(tried.peak, rel=0.05)
+
+
+def test_an_absurd_size_is_refused_soon():
+    huge = Planner(replace(work("3b", frames=None), height=60000, width=60000))
+    start = time.perf_counter()
+    with pytest.raises(SettingError, match=r"takes \d+\.\d GiB of memory or more"):
+        huge.fit(80 * GIB)
+    assert time.perf_counter() - start < 20
+
+
 def test_a_chunk_that_was_chosen_is_respected():
     assert make_plan(work(chunk=6), 80 * GIB).chunk == 6
 
@@ -109,6 +124,14 @@ def test_a_plan_says_what_it_chose():
     line = describe(plan("3b", "720p", 8))
     assert "in host memory" in line and "of 32 blocks streamed" in line and "GiB of 8.0 GiB (weights" in line
     assert "\n" not in line
+
+
+def test_a_stage_alone_says_nothing_of_the_others():
+    alone = replace(small("cpu", 9).work, dit=None)
+    line = describe(make_plan(alone, 20 * GIB), ["decode"])
+    assert ", decode " in line and ", encode " not in line and ", restore " not in line
+    tiled = replace(alone, vae=TiledVAE(alone.vae, 64, 16))
+    assert describe(make_plan(tiled, 20 * GIB), ["decode"]).startswith("memory ")
 
 
 def small(device: str, frames: int | None) -> Planner:

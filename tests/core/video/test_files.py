@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -17,6 +18,7 @@ from PIL import Image, ImageCms
 
 from seedvr2_core.errors import MediaError
 from seedvr2_core.video.files import MediaInfo, Moment, open_reader, open_writer, probe
+from seedvr2_core.video.stills import why_no_clip
 
 AV = int(av.__version__.partition(".")[0])
 AS_IT_IS = {"opaque": True} if AV >= 15 else {}
@@ -256,7 +258,7 @@ def test_vorbis_is_refused_in_mp4_but_not_in_mkv(sample, tmp_path):
     assert probe(tmp_path / "a.mkv").audio == info.audio
 
 
-def test_subtitles_are_copied_where_they_fit_and_named_in_a_warning_where_not(tmp_path, caplog):
+def test_subtitles_are_copied_where_they_fit_and_named_in_a_notice_where_not(tmp_path):
     (tmp_path / "a.srt").write_text("1\n00:00:00,040 --> 00:00:00,200\nHello\n\n")
     pictures, titled = save(tmp_path / "a.mkv", clip(), codec="ffv1"), tmp_path / "b.mkv"
     with av.open(str(pictures)) as source, av.open(str(tmp_path / "a.srt")) as text, av.open(str(titled), "w") as out:
@@ -269,9 +271,12 @@ def test_subtitles_are_copied_where_they_fit_and_named_in_a_warning_where_not(tm
     copy(titled, tmp_path / "c.mkv")
     assert probe(tmp_path / "c.mkv").subtitles == probe(titled).subtitles == ("subrip eng",)
     assert packets(tmp_path / "c.mkv", "subtitles") == packets(titled, "subtitles")
-    assert not caplog.records
-    copy(titled, tmp_path / "c.mp4")
-    assert "subtitle stream 1 (subrip eng) does not fit into c.mp4" in caplog.text
+    info = probe(titled)
+    lost = "b.mkv: subtitle stream 1 (subrip eng) does not fit into d.mp4 and is not copied."
+    for name, notices in (("d.mkv", []), ("d.mp4", [lost])):
+        writer = open_writer(tmp_path / name, info, width=info.width, height=info.height)
+        writer.discard()
+        assert writer.notices == notices and not (tmp_path / name).exists()
 
 
 def test_chapters_are_kept(tmp_path):
@@ -627,6 +632,44 @@ def test_a_folder_is_read_in_natural_order_and_written_back_under_its_names(tmp_
         copy(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["f_8.png", "f_9.png", "f_10.png"], None),
+        (["shot2_0001.png", "shot2_0002.jpg"], None),
+        (["1.png", "2.png", "4.png"], None),
+        (["1.png", "2.png", "9.png"], "most numbers between 1 and 9 are missing"),
+        (["kodim08.png", "kodim13.png"], "most numbers"),
+        (["ann.png", "bob.png"], "not one numbered sequence"),
+        (["a1.png", "b2.png"], "not one numbered sequence"),
+        (["1_1.png", "2_2.png"], "not one numbered sequence"),
+        (["1.png", "01.png", "2.png"], "not one numbered sequence"),
+        (["1.png", "1.jpg"], "not one numbered sequence"),
+        (["1.png"], "only one"),
+        (["1.png", "2.png", "3-wide.png"], "not one numbered sequence"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_clip_has_names_that_count_up(tmp_path, names, reason):
+    for name in names:
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    found = why_no_clip(tmp_path)
+    assert found is None if reason is None else reason in found
+
+
+def test_images_of_different_sizes_are_no_clip(tmp_path):
+    for width in (8, 9):
+        Image.new("RGB", (width, 6)).save(tmp_path / f"{width}.png")
+    assert why_no_clip(tmp_path) == "they differ in size"
+
+
+def test_a_folder_has_no_sound_and_says_so(tmp_path):
+    info = described(tmp_path / "a.mp4", kind="video", frames=2, audio=("aac 48000 Hz stereo",))
+    writer = open_writer(tmp_path / "out", info, width=8, height=6)
+    writer.discard()
+    assert writer.notices == ["A folder of images holds no sound: that of a.mp4 is left out."]
+
+
 def test_a_folder_becomes_a_video_and_a_video_a_folder(tmp_path):
     (tmp_path / "in").mkdir()
     for i, frame in enumerate(clip(5)):
@@ -691,6 +734,15 @@ def test_an_output_that_makes_no_sense_is_refused(tmp_path):
     for name, message in {"b.xyz": "ends in none of", "b.png": "one picture", "no/b.mp4": "does not exist"}.items():
         with pytest.raises(MediaError, match=message):
             open_writer(tmp_path / name, info, width=64, height=48)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm"])
+def test_a_video_that_lacks_less_than_a_second_is_read_and_that_is_said(tmp_path, caplog, name):
+    src = save(tmp_path / name, clip(40))
+    assert len(load(src)[0]) == 40 and not caplog.records
+    src.write_bytes(src.read_bytes()[: src.stat().st_size * 9 // 10])
+    assert len(load(src)[0]) < 39
+    assert re.search(rf"{name} announces 1\.60 s, but only 1\.[345]\d s were found", caplog.text)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
