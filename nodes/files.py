@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..seedvr2_core.checkpoints.download import download
-from ..seedvr2_core.checkpoints.folders import MULTI_STEP_FILES, NANO_DIT, NANO_VAE, autoencoder_of, known
+from ..seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE, autoencoder_of, known, published_among
 from ..seedvr2_core.checkpoints.published import MODELS
 from ..seedvr2_core.errors import CheckpointError
-from ..seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
 from . import host
 from .progress import Fetching, in_background
 
@@ -50,9 +49,7 @@ def _local_vae_of(dit: Path) -> Path | None:
 
 def best_dit() -> Path:
     """The 7B if it is on this machine, else the 3B, else nano."""
-    local = [(info.config, path) for _, path in host.model_files() if (info := known(path)) and not info.why_not]
-    one_step = [(config, path) for config, path in local if path.name not in MULTI_STEP_FILES]
-    return next((path for best in (SEEDVR2_7B, SEEDVR2_3B) for config, path in one_step if config == best), NANO_DIT)
+    return next((info.path for info in published_among(path for _, path in host.model_files())), NANO_DIT)
 
 
 def local_names(kind: str) -> list[str]:

@@ -131,9 +131,14 @@ def _named_autoencoder(vae: str) -> Path:
     return _there(_published_autoencoder(_files(search_directories())), vae) if vae in NAMED else Path(vae)
 
 
+def published_among(files: Iterable[Path]) -> list[CheckpointInfo]:
+    """Which of these files are published one-step transformers that can be loaded, best first."""
+    one_step = (info for info in _best_first(files) if info.path.name not in MULTI_STEP_FILES)
+    return [info for info in one_step if info.config in NAMED.values() and not info.why_not]
+
+
 def _best(vae: Path | None) -> tuple[Path, Path]:
-    published = [info for info in _one_step() if info.config in NAMED.values() and not info.why_not]
-    for info in published:
+    for info in published_among(_files(search_directories())):
         try:
             found = info.path, vae or _autoencoder(info.path)
         except CheckpointError as error:
