@@ -51,7 +51,7 @@ from .models.windows import WindowConfig
 from .video.alpha import upscale_alpha
 from .video.chunks import OVERLAP, crossfade, overlapping
 from .video.color import ColorTransfer
-from .video.files import MediaInfo, Moment, open_reader, open_writer, probe
+from .video.files import Frame, MediaInfo, Moment, open_reader, open_writer, probe
 from .video.geometry import (
     LATENT_FRAMES,
     LATENT_PIXELS,
@@ -255,19 +255,6 @@ def restore_file(
     size = height, width = settings.target.size(info.height, info.width)
     plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
     log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
-    moments: deque = deque()
-    damage: list[MediaError] = []
-
-    def pixels(reader: Iterable) -> Iterator[Tensor]:
-        read = 0
-        try:
-            for read, frame in enumerate(reader, 1):  # noqa: B007
-                moments.append(frame.time)
-                yield frame.pixels
-        except MediaError as error:
-            if not read:
-                raise
-            damage.append(error)
 
     def write(frame: tuple[Callable, Moment]) -> None:
         arrived, moment = frame
@@ -280,7 +267,7 @@ def restore_file(
         write_behind(write, WRITE_BEHIND) as put,
         told_of_memory(models, size),
         # At once, also when `on_frame` raises: whoever is told may keep the traceback, and with it the models at work.
-        closing(_stream(pixels(ahead), models, settings, size, info.frames, on_progress, plan)) as pieces,
+        closing(_stream(legible := _Legible(ahead), models, settings, size, info.frames, on_progress, plan)) as pieces,
     ):
         for notice in writer.notices:
             log.warning(notice)
@@ -288,13 +275,13 @@ def restore_file(
             for frame in piece:
                 if on_frame:
                     on_frame(frame)
-                put((download(writer.pack(frame)), moments.popleft()))
-        if damage:
+                put((download(writer.pack(frame)), legible.moments.popleft()))
+        if legible.damage:
             writer.land_beside()
-    if damage:
+    if damage := legible.damage:
         of = f" of {info.frames}" if info.frames and info.frames > writer.frames else ""
-        raise MediaError(f"{str(damage[0]).removesuffix('.')}; {writer.frames}{of} frames were restored and are in "
-                         f"{writer.landing}.") from damage[0]  # fmt: skip
+        raise MediaError(f"{str(damage).removesuffix('.')}; {writer.frames}{of} frames were restored and are in "
+                         f"{writer.landing}.") from damage  # fmt: skip
     return Report(
         source=Path(source),
         destination=Path(destination),
@@ -305,6 +292,27 @@ def restore_file(
         seconds=round(time.perf_counter() - start, 3),
         chunk=LATENT_FRAMES * (plan.chunk - 1) + 1,
     )
+
+
+class _Legible:
+    """The frames of a source up to where it turns out to be damaged, unless that is at the first."""
+
+    def __init__(self, reader: Iterable[Frame]):
+        self.reader = reader
+        self.moments: deque[Moment] = deque()  # of the frames that are on their way
+        self.damage: MediaError | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        begun = False
+        try:
+            for frame in self.reader:
+                begun = True
+                self.moments.append(frame.time)
+                yield frame.pixels
+        except MediaError as error:
+            if not begun:
+                raise
+            self.damage = error
 
 
 def check_file(
@@ -343,23 +351,11 @@ def stream(
         MediaError: there is no frame.
         SettingError: a setting is impossible here, or takes more memory than there is.
     """
-    for piece in stream_on_device(frames, models, settings, size, total, on_progress):
-        yield piece.cpu()
-
-
-def stream_on_device(
-    frames: Frames,
-    models: Models,
-    settings: Settings,
-    size: tuple[int, int],
-    total: int | None = None,
-    on_progress: OnProgress | None = None,
-) -> Iterator[Tensor]:
-    """`stream` before its frames leave the device of the models, which may still be at work on them."""
     plan = plan_clip(models, settings, size, total)
     log_plan(plan, models, settings, "Frames")
     with told_of_memory(models, size):
-        yield from _stream(frames, models, settings, size, total, on_progress, plan)
+        for piece in _stream(frames, models, settings, size, total, on_progress, plan):
+            yield piece.cpu()
 
 
 @torch.inference_mode()

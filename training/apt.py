@@ -25,7 +25,7 @@ from seedvr2_core.video.geometry import LATENT_FRAMES, Grid
 
 from . import doctor, loop, losses
 from .buckets import BATCH_TOKENS, batch_size
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .discriminator import Discriminator
 from .guards import GuardConfig
@@ -112,13 +112,7 @@ class PostTraining:
 SMALL_BATCH = OptimConfig(lr=1e-6, final_lr=1e-6, betas=(0.0, 0.99), weight_decay=0.01, warmup=100, decay=0.0)
 _3B = PostTraining(
     model=SEEDVR2_3B,
-    run=RunConfig(
-        steps=20_000,
-        micro_batches=None,
-        ema=0.9998,
-        save_every=500,
-        parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
-    ),
+    run=replace(LARGE_RUN, keep_averaged_every=1000),
     g=SMALL_BATCH,
     d=SMALL_BATCH,
     # The one-step model is what is published. With a many-step one of one's own the discriminator starts better.

@@ -113,6 +113,16 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
 
 
+# Of the 3B and the 7B, in each of their stages.
+LARGE_RUN = RunConfig(
+    steps=20_000,
+    micro_batches=None,
+    ema=0.9998,
+    save_every=500,
+    parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
+)
+
+
 @dataclass(frozen=True)
 class Command:
     """A parsed stage command."""

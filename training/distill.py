@@ -23,7 +23,7 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
 from . import doctor, loop, state
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .guards import GuardConfig, Guards
 from .journal import timed
 from .pretrain import NANO_DIT, cost, draw_batch, load_run, noised_condition
@@ -92,13 +92,7 @@ RECIPES = {
 }
 _3B = Distillation(
     model=SEEDVR2_3B,
-    run=RunConfig(
-        steps=10_000,
-        micro_batches=None,
-        ema=0.9998,
-        save_every=500,
-        parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
-    ),
+    run=replace(LARGE_RUN, steps=10_000),
     optim=OptimConfig(lr=1e-6, final_lr=1e-6, warmup=200, decay=0.0),
     teacher=Path("runs/pretrain"),
     cfg=7.5,

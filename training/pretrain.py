@@ -23,7 +23,7 @@ from seedvr2_core.models.windows import WindowConfig
 from seedvr2_core.video.geometry import PATCH
 
 from . import doctor, loop
-from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .guards import GuardConfig
 from .journal import timed
@@ -125,13 +125,7 @@ RECIPES = {
 # From released weights a tenth of the rate is enough.
 _3B = Pretraining(
     model=SEEDVR2_3B,
-    run=RunConfig(
-        steps=20_000,
-        micro_batches=None,
-        ema=0.9998,
-        save_every=500,
-        parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
-    ),
+    run=LARGE_RUN,
     optim=OptimConfig(lr=1e-5, final_lr=1e-6, betas=(0.9, 0.95), warmup=1000, decay=0.2),
     init="3b",
     batch=1,
