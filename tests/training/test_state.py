@@ -53,6 +53,31 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [path.name for path in state.complete(tmp_path / "checkpoints")] == ["step_000002", "step_000003"]
 
 
+def test_what_the_first_process_cannot_do_fails_in_all_of_them_and_none_waits(tmp_path, monkeypatch):
+    class Second(Processes):
+        def agree(self, value):
+            return "No space left on device"
+
+    class First(Processes):
+        def agree(self, value):
+            said.append(value)
+            return value
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        Checkpoints(tmp_path, Second(rank=1, world=2)).save(1, tensors(1))
+    for name in ("_prepare", "_complete"):
+        checkpoints, said = Checkpoints(tmp_path, First()), []
+        monkeypatch.setattr(checkpoints, name, full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            checkpoints.save(1, tensors(1))
+        # Whoever waits for this word goes on as well.
+        assert "No space left" in said[-1]
+        assert checkpoints.last is None and not list((tmp_path / "checkpoints").glob("step_*"))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     size = 4 << 20
