@@ -41,7 +41,7 @@ class Phase:
                 return ()
         if not self.frames:
             return (sample.t,)
-        wanted = sorted({(frames - 1) // LATENT_FRAMES + 1 for frames in self.frames})
+        wanted = sorted(set(map(_in_latents, self.frames)))
         # Pictures are better pictures than the first frames of clips.
         return tuple(t for t in wanted if t <= sample.t and (t == 1) == (sample.t == 1))
 
@@ -75,10 +75,14 @@ def check_phases(phases: Sequence[Phase], samples: Sequence[Grid]) -> None:
             there = ", ".join(sorted({_in_pixels(sample) for sample in samples}))
             raise SettingError(f"curriculum.{number} asks for {_listed(phase.frames)} frames{area}, and the latents "
                                f"are {there}; precompute others, or change curriculum.")
-        missing = [frames for frames in phase.frames if (frames - 1) // LATENT_FRAMES + 1 not in found]
+        missing = [frames for frames in phase.frames if _in_latents(frames) not in found]
         if missing:
             log.warning("curriculum.%d goes without samples of %s frames: the latents have none so long.", number,
                         _listed(missing))  # fmt: skip
+
+
+def _in_latents(frames: int) -> int:
+    return (frames - 1) // LATENT_FRAMES + 1
 
 
 def _listed(frames: Sequence[int]) -> str:

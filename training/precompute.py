@@ -158,7 +158,7 @@ RECIPES = {
             PairCrops(kind="clip", count=50_000, size=256, frames=5, aspects=13),
             PairCrops(kind="clip", count=50_000, size=512, frames=9, aspects=13),
             PairCrops(kind="clip", count=50_000, size=768, frames=21, aspects=13),
-            PairCrops(kind="clip", count=50_000, size=960, frames=97, aspects=13),
+            *(PairCrops(kind="clip", count=50_000, size=960, frames=frames, aspects=13) for frames in (21, 49, 97)),
         ),
     ),
 }

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from seedvr2_core.errors import SettingError
-from seedvr2_core.video.geometry import Grid
-from training import apt, pretrain
+from seedvr2_core.video.geometry import Grid, latent_grid
+from training import apt, precompute, pretrain
+from training.buckets import aspect_sizes
 from training.config import check
 from training.curriculum import Phase, check_phases, phase_at
 
@@ -39,6 +40,21 @@ def test_a_phase_without_samples_is_refused_before_the_run_and_lengths_that_are_
         check_phases([Phase(share=0.5), Phase(share=0.5, frames=(9,))], [PICTURE, SHORT])
     with pytest.raises(SettingError, match="of about 512 x 512 pixels"):
         check_phases([Phase(share=1.0, size=512)], [PICTURE])
+
+
+def test_the_latents_of_a_recipe_fill_every_phase_of_the_recipe_that_they_are_for(caplog):
+    caplog.set_level(logging.WARNING)
+    made = {
+        crops: [latent_grid(crops.frames, *size) for size in aspect_sizes(crops.size**2, crops.aspects)]
+        for crops in precompute.RECIPES["7b_scratch"].crops
+    }
+    check_phases(pretrain.GROWTH, [sample for samples in made.values() for sample in samples])
+    check_phases(apt.CURRICULUM, [sample for samples in made.values() for sample in samples])
+    assert not caplog.text
+    # Whatever its aspect, a sample is of the one phase that has its size.
+    for crops, samples in made.items():
+        for phase in pretrain.GROWTH:
+            assert all(bool(phase.lengths(sample)) == (phase.size == crops.size) for sample in samples)
 
 
 def test_growth_deals_batches_by_tokens():
