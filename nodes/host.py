@@ -22,8 +22,8 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..seedvr2_core.checkpoints.folders import COMFYUI_FOLDERS, EXTENSIONS
+from ..seedvr2_core.device import is_out_of_memory
 from ..seedvr2_core.errors import MediaError, SeedVR2Error
-from ..seedvr2_core.pipeline import is_out_of_memory
 
 __all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io", "ui"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..seedvr2_core.pipeline import Settings
+from ..seedvr2_core.settings import Settings
 from ..seedvr2_core.video.color import COLOR_METHODS
 from ..seedvr2_core.video.geometry import MAX_SIDE, Target
 from .files import AUTO

@@ -15,11 +15,13 @@ import torch
 from ..seedvr2_core.checkpoints import Prompts, inspect, load_dit, load_prompts, load_vae
 from ..seedvr2_core.device import DTYPES, pick_dtype
 from ..seedvr2_core.errors import SettingError
+from ..seedvr2_core.loading import Models, around_blocks, fast_options
 from ..seedvr2_core.memory.plan import USABLE
 from ..seedvr2_core.models.dit import DiT
 from ..seedvr2_core.models.linear import pack
 from ..seedvr2_core.models.vae_fast import FastVAE
-from ..seedvr2_core.pipeline import Models, Settings, around_blocks, fast_options, plan_clip
+from ..seedvr2_core.planning import plan_clip
+from ..seedvr2_core.settings import Settings
 from . import host
 from .files import AUTO, best_dit, file_stamp, vae_of
 from .host import io

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..seedvr2_core.errors import SettingError
-from ..seedvr2_core.pipeline import SHORTEST_CHUNK, Settings
+from ..seedvr2_core.settings import SHORTEST_CHUNK, Settings
 from .host import io
 
 GIB = 1 << 30

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..seedvr2_core.errors import MediaError
-from ..seedvr2_core.pipeline import Settings, check_file, restore_file, stream
+from ..seedvr2_core.pipeline import stream
+from ..seedvr2_core.settings import Settings
 from ..seedvr2_core.video.files import probe, video_suffix
+from ..seedvr2_core.whole_files import check_file, restore_file
 from . import host, inputs
 from .host import Input, InputImpl, io
 from .models import LoadedModel, LoadedVAE, ModelSocket, VAESocket, best, ready

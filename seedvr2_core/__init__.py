@@ -2,8 +2,11 @@
 
 from .checkpoints.folders import pick
 from .errors import Cancelled, CheckpointError, MediaError, SeedVR2Error, SettingError
-from .pipeline import Models, Report, Settings, load_models, restore, restore_file, stream
+from .loading import Models, load_models
+from .pipeline import restore, stream
+from .settings import Settings
 from .video.geometry import Target
+from .whole_files import Report, restore_file
 
 __all__ = [
     "Cancelled",

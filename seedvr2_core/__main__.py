@@ -34,16 +34,18 @@ from .checkpoints.download import NAMES, download
 from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
 from .errors import Cancelled, MediaError, SeedVR2Error, SettingError
+from .loading import Models, load_models
 from .memory.plan import parse_bytes
 from .models.linear import PACKING_NAMES
-from .pipeline import Models, Report, Settings, check_file, load_models, restore_file
 from .progress import Overall
+from .settings import Settings
 from .video.color import COLOR_METHODS
 from .video.files import probe
 from .video.geometry import Target
 from .video.stills import SUFFIXES as IMAGE_SUFFIXES
 from .video.stills import images_in, missing_numbers, why_no_clip
 from .video.video_writer import MUXERS
+from .whole_files import Report, check_file, restore_file
 
 log = logging.getLogger(__name__)
 

@@ -79,3 +79,9 @@ def free_bytes(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return UNKNOWN_FREE
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on a CPU, and in CUDA's own libraries, only the message tells."""
+    says = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in says)

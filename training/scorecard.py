@@ -16,8 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seedvr2_core.device import pick_device, pick_dtype
+from seedvr2_core.loading import Models, load_models
 from seedvr2_core.models.vae import posterior
-from seedvr2_core.pipeline import Models, Settings, load_models, restore
+from seedvr2_core.pipeline import restore
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.geometry import Target, crop, pad_to_multiple, to_clip, to_frames
 
 from .config import run_main

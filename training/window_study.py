@@ -35,9 +35,11 @@ from torch import Tensor
 from seedvr2_core.checkpoints import Prompts
 from seedvr2_core.device import pick_device
 from seedvr2_core.errors import MediaError, SeedVR2Error, SettingError
+from seedvr2_core.loading import Models, fast_options
 from seedvr2_core.models.vae_fast import FastVAE
 from seedvr2_core.models.windows import WindowConfig, spans, window_size, windows
-from seedvr2_core.pipeline import Models, Settings, fast_options, restore
+from seedvr2_core.pipeline import restore
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.geometry import CLIP_MULTIPLE, LATENT_FRAMES, Grid, Target
 
 from . import loop, state

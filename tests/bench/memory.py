@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from seedvr2_core.checkpoints import Prompts
+from seedvr2_core.loading import Models, fast_options
 from seedvr2_core.memory.plan import BY_THREAD
 from seedvr2_core.memory.stages import Half, Portions, Work, try_autoencoder
 from seedvr2_core.memory.streaming import DeviceState
@@ -30,7 +31,9 @@ from seedvr2_core.models.dit import SEEDVR2_3B, DiT, DiTConfig
 from seedvr2_core.models.linear import pack
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE
 from seedvr2_core.models.vae_fast import FastVAE
-from seedvr2_core.pipeline import Models, Settings, _stream, fast_options, plan_clip
+from seedvr2_core.pipeline import restored
+from seedvr2_core.planning import plan_clip
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.geometry import latent_grid
 from tests.bench.measure import RESULTS, Options, build, environment, random
 
@@ -94,14 +97,14 @@ def restoration(clip: Clip, vae: VAEConfig = VAE, dit: DiTConfig = DIT, device: 
     frames = (torch.full(source, index % 256, dtype=torch.uint8) for index in range(clip.frames))
 
     def call() -> None:
-        for _ in _stream(frames, models, settings, size, clip.frames, None, plan):
+        for _ in restored(frames, models, settings, size, clip.frames, None, plan):
             pass
 
     return plan.peak - plan.weights, peak_of(call, device)
 
 
 def stream(frames: Tensor, models: Models, settings: Settings, size: tuple[int, int]) -> Iterator[Tensor]:
-    return _stream(frames, models, settings, size, len(frames), None, plan_clip(models, settings, size, len(frames)))
+    return restored(frames, models, settings, size, len(frames), None, plan_clip(models, settings, size, len(frames)))
 
 
 def half(kind: Half, clip: Clip, vae: VAEConfig = VAE, device: str = "cpu") -> tuple[int, int]:

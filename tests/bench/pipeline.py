@@ -23,12 +23,12 @@ from torch import Tensor
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.kernels import Choices, choices_for
+from seedvr2_core.loading import fast_options
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig, make_layout, token_grid
 from seedvr2_core.models.linear import pack
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastVAE
 from seedvr2_core.models.windows import WindowConfig
-from seedvr2_core.pipeline import fast_options
 from seedvr2_core.video.geometry import padded_length
 from tests.bench.measure import RESULTS, Options, build, environment, random, relative_l2
 

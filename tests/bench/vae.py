@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from seedvr2_core.kernels import choices_for
+from seedvr2_core.loading import fast_options
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
-from seedvr2_core.pipeline import fast_options
 from seedvr2_core.video.geometry import latent_grid
 from tests.bench.measure import Call, Case, Options, build, main, random
 

@@ -13,10 +13,10 @@ from einops import rearrange
 
 from seedvr2_core.checkpoints import Prompts
 from seedvr2_core.checkpoints.export import save
+from seedvr2_core.loading import Models
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE
 from seedvr2_core.models.windows import WindowConfig
-from seedvr2_core.pipeline import Models
 
 TINY_DITS = {
     "3b": replace(

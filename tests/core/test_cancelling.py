@@ -16,10 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seedvr2_core.errors import Cancelled, SettingError
+from seedvr2_core.loading import Models, fast_options
 from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE
 from seedvr2_core.models.vae_fast import FastVAE
-from seedvr2_core.pipeline import Models, Settings, fast_options, restore, restore_file, stream
+from seedvr2_core.pipeline import restore, stream
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.geometry import Target
+from seedvr2_core.whole_files import restore_file
 
 NARROW = VAEConfig(widths=(16, 32, 64, 96), blocks=1, groups=4)
 SAME = Settings(target=Target.same(), chunk=9)

@@ -9,11 +9,11 @@ import torch
 
 from seedvr2_core import Settings, Target, load_models, pick, restore
 from seedvr2_core.checkpoints.export import save
+from seedvr2_core.loading import fast_options
 from seedvr2_core.models.dit import DiT
 from seedvr2_core.models.linear import FP8
 from seedvr2_core.models.vae import SEEDVR2_VAE, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastVAE
-from seedvr2_core.pipeline import fast_options
 from tests.core.conftest import RUNNABLE_DIT
 from tests.core.models.test_dit import CASES, flatten, inputs, relative
 from tests.core.test_pipeline import clip

@@ -17,14 +17,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from seedvr2_core import pipeline
+from seedvr2_core import whole_files
 from seedvr2_core.diffusion.conditioning import frame_noise, with_mask
 from seedvr2_core.errors import Cancelled, MediaError, SettingError
+from seedvr2_core.life import PIECE
+from seedvr2_core.loading import Models
 from seedvr2_core.memory.stages import reach
 from seedvr2_core.memory.trial import Ledger
 from seedvr2_core.models.vae import posterior
 from seedvr2_core.models.vae_fast import FastVAE
-from seedvr2_core.pipeline import PIECE, READ_AHEAD, WRITE_BEHIND, Models, Settings, restore, restore_file, stream
+from seedvr2_core.pipeline import restore, stream
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.color import ColorTransfer
 from seedvr2_core.video.files import Frame, Moment, Reader
 from seedvr2_core.video.geometry import (
@@ -37,6 +40,7 @@ from seedvr2_core.video.geometry import (
     to_frames,
 )
 from seedvr2_core.video.shots import AROUND
+from seedvr2_core.whole_files import READ_AHEAD, WRITE_BEHIND, restore_file
 from tests.core.conftest import RUNNABLE_VAE
 
 STAGES = ("encode", "restore", "decode")
@@ -380,7 +384,7 @@ def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tm
 
     (tmp_path / "source").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "source" / "1.png")
-    monkeypatch.setattr(pipeline, "open_reader", Source)
+    monkeypatch.setattr(whole_files, "open_reader", Source)
     monkeypatch.setattr("seedvr2_core.video.stills.write_image", write_image)
     report = restore_file(tmp_path / "source", tmp_path / "new", runnable, SHORT)
     assert report.frames == written == FRAMES
@@ -468,7 +472,7 @@ def test_memory_that_runs_out_twice_is_told_in_one_sentence(runnable, folder, pa
     assert {path.name for path in folder.iterdir()} == {"source", "old.mkv"}
 
 
-@pytest.mark.parametrize("place", ["pipeline.upload", "pipeline.download", "pipeline.ColorTransfer.__call__"])
+@pytest.mark.parametrize("place", ["life.upload", "whole_files.download", "life.ColorTransfer.__call__"])
 def test_memory_that_runs_out_beside_the_models_is_told_in_one_sentence(runnable, folder, monkeypatch, place):
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 from seedvr2_core.errors import MediaError
-from seedvr2_core.pipeline import Models, Report, Settings, restore_file, stream
+from seedvr2_core.loading import Models
+from seedvr2_core.pipeline import stream
+from seedvr2_core.settings import Settings
 from seedvr2_core.video.files import Frame, open_reader, open_writer, probe
 from seedvr2_core.video.geometry import Target, resize
+from seedvr2_core.whole_files import Report, restore_file
 
 MEDIA = Path(__file__).parent.parent / "media"
 AV = int(av.__version__.partition(".")[0])

@@ -13,6 +13,7 @@ import torch
 from seedvr2_core.checkpoints import load_dit
 from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE
 from seedvr2_core.errors import SettingError
+from seedvr2_core.loading import load_models
 from seedvr2_core.memory.plan import (
     CHUNKS,
     GIB,
@@ -31,7 +32,8 @@ from seedvr2_core.models.linear import FP8, Linear
 from seedvr2_core.models.tiling import TiledVAE
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VideoVAE
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
-from seedvr2_core.pipeline import Settings, load_models, plan_clip
+from seedvr2_core.planning import plan_clip
+from seedvr2_core.settings import Settings
 from tests.bench.memory import DIT, VAE, Clip, apart, restoration
 from tests.core.conftest import RUNNABLE_VAE
 
