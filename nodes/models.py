@@ -187,4 +187,5 @@ def _models(model: LoadedModel | None, vae: LoadedVAE | None) -> Models:
         prompts=model and model.prompts,
         label=model.label if model else vae.path.stem,
         device=host.device(),
+        files=tuple(each.path for each in (model, vae) if each is not None),
     )

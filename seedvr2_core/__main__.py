@@ -34,6 +34,7 @@ from .checkpoints.download import NAMES, download
 from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
 from .errors import Cancelled, MediaError, SeedVR2Error, SettingError
+from .journal import SUFFIX as JOURNAL
 from .loading import Models, load_models
 from .memory.plan import parse_bytes
 from .models.linear import PACKING_NAMES
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"seedvr2: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nseedvr2: interrupted; nothing half-written was left behind.", file=sys.stderr)
+        print("\nseedvr2: interrupted; what was there before is untouched.", file=sys.stderr)
         return 130
     return 0
 
@@ -155,7 +156,10 @@ def run_restore(args: argparse.Namespace) -> None:
         _check_report(args.json)
     if taken_for:
         log.info("%s: %s", args.input, taken_for)
-    _mention_abandoned(destination if separate else destination.parent)
+    if separate:
+        _mention_abandoned(destination)
+    else:
+        _mention_abandoned(destination.parent, destination.stem)
     dtype = pick_dtype(args.dtype, device)
     models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
     if separate:
@@ -248,10 +252,15 @@ def _check_folder(source: Path, output: Path) -> None:
     output.rmdir()
 
 
-def _mention_abandoned(folder: Path) -> None:
-    for path in sorted(folder.glob(".*.partial*")):
+def _mention_abandoned(folder: Path, but: str = "") -> None:
+    """What runs for others than the destination of this name have left, unless they may still be at it."""
+    for path in sorted([*folder.glob(".*.partial*"), *folder.glob(f".*{JOURNAL}")]):
         with suppress(FileNotFoundError):  # finished meanwhile
-            if time.time() - path.stat().st_mtime > ABANDONED:
+            if path.name.startswith(f".{but}.") or time.time() - path.stat().st_mtime < ABANDONED:
+                continue
+            if path.suffix == JOURNAL:
+                log.info("%s holds what an interrupted run has restored; begin it again to go on, or delete it.", path)
+            else:
                 log.info("%s seems to be left by a run that was killed; delete it if no other is writing it.", path)
 
 

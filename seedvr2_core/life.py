@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from .diffusion.conditioning import augment, frame_noise, with_mask
 from .diffusion.sampler import guide, sample
 from .errors import SettingError
 from .loading import Models
-from .memory.plan import MemoryPlan, Stage, describe, step_down
+from .memory.plan import STAGES, MemoryPlan, Stage, describe, step_down
 from .memory.stages import reach
 from .memory.streaming import StreamedBlocks, new_state, placed
 from .models.dit import DiTConfig, Layout, make_layout, token_grid
@@ -40,9 +41,11 @@ from .video.geometry import (
     LATENT_FRAMES,
     Grid,
     crop,
+    latent_grid,
     mirror_indices,
     pad_to_multiple,
     padded_length,
+    padded_size,
     resize,
     to_clip,
     to_floats,
@@ -59,6 +62,16 @@ T = TypeVar("T")
 
 # Frames encoded at a time. More would be a little faster and take proportionally more memory.
 PIECE = LATENT_FRAMES
+
+
+@dataclass(frozen=True)
+class Waypoint:
+    """A place between two frames from which the restoration of a clip can go on."""
+
+    frames: int  # that are restored
+    shot: int  # number of the frame with which their last shot began
+    length: int  # latents in a pass of the transformer, in that shot
+    color: dict[str, Any]  # state of the colour transfer
 
 
 class Life:
@@ -90,14 +103,40 @@ class Life:
         self.adopt(plan)
         self.begin(0)
 
-    def begin(self, before: int) -> None:
-        """A shot begins, after so many frames: what came before it is forgotten."""
+    def begin(self, before: int, waypoint: Waypoint | None = None) -> None:
+        """A shot begins, after so many frames: what came before it is forgotten.
+
+        Args:
+            waypoint: a place in this shot. What lies before it comes as NaN out of every stage and does not leave the
+                last, but for what the rest depends on, which is computed again.
+        """
         self.before = before
         self.waiting: deque[Tensor] = deque()  # source frames H W c whose restored selves are still to come
         self.transfer = ColorTransfer(self.settings.color)
         self.restored = 0  # latents that have been through the transformer
+        self.chunk = waypoint.length if waypoint else self.length
+        self.left = 0  # frames that have been through all
+        self.known = waypoint.frames - before if waypoint else 0  # frames of which nothing is wanted any more
         for half in self.halves:
             half.begin()
+        # The first latents that are needed: to decode from, and to encode so that those can be restored.
+        self.decoded_from = self.encoded_from = 0
+        if waypoint:
+            self.transfer.resume(waypoint.color)
+            first = math.ceil(self.known / LATENT_FRAMES)
+            self.decoded_from = max(0, first - self.decoder.looks_back)
+            self.encoded_from = max(0, self.decoded_from - self.chunk - self.encoder.looks_back)
+
+    @property
+    def waypoint(self) -> Waypoint:
+        """Behind the frame that has left last."""
+        return Waypoint(self.before + self.left, self.before, self.chunk, self.transfer.state)
+
+    def pass_by(self, done: int) -> None:
+        """So many frames of the clip, of whole shots, need nothing done."""
+        for stage in STAGES:
+            self.reported = stage, done, self.total
+            self.repeat()
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Go on by this plan."""
@@ -163,12 +202,22 @@ class Life:
 
     def encode(self, pieces: Iterator[tuple[list[Tensor], bool]]) -> Iterator[tuple[Tensor, bool]]:
         """Condition latents c t h w, scaled as the transformer sees them."""
-        done = 0
+        done = number = 0
         for piece, last in pieces:
-            moments = self.encoder(piece, last)
-            done += len(piece)
+            before, done = number, done + len(piece)
+            number = (done - 1) // LATENT_FRAMES + 1
+            if number <= self.encoded_from:
+                latent = self.unknown_latents(number - before)
+            else:
+                latent = posterior(self.encoder(piece, last))[0][0].float() * self.models.vae.config.scale
             self.report("encode", done)
-            yield posterior(moments)[0][0].float() * self.models.vae.config.scale, last
+            yield latent, last
+
+    def unknown_latents(self, count: int) -> Tensor:
+        """In place of those that nothing depends on any more, c t h w."""
+        _, rows, columns = latent_grid(1, *padded_size(*self.size))
+        shape = self.models.vae.config.latent_channels, count, rows, columns
+        return torch.full(shape, math.nan, device=self.models.device)
 
     def clip_of(self, piece: list[Tensor]) -> Tensor:
         """Source frames as the autoencoder sees them, b c T H W."""
@@ -183,9 +232,13 @@ class Life:
         """Clean latents c t h w, scaled as the conditions are, each once."""
 
         def sample(condition: Tensor, start: int) -> Tensor:
+            if start + condition.shape[1] <= self.decoded_from:
+                self.restored = start + condition.shape[1]
+                self.report("restore", LATENT_FRAMES * self.restored)
+                return torch.full_like(condition, math.nan)
             return self.attempt("restore", lambda: self.sample_in_chunks(condition, start))
 
-        return self.blended(overlapping(conditions, self.length), sample)
+        return self.blended(overlapping(conditions, self.chunk), sample)
 
     @property
     def length(self) -> int:
@@ -262,14 +315,20 @@ class Life:
 
     def decode(self, latents: Iterator[tuple[Tensor, bool]]) -> Iterator[Tensor]:
         """Clips c T H W in about -1..1, padding included, one latent at a time."""
-        done = 0
+        done = number = 0
         for block, last in latents:
             parts = (block / self.models.vae.config.scale).split(1, dim=1)
             for index, latent in enumerate(parts):
-                clip = self.decoder(latent, last and index == len(parts) - 1)
-                done += clip.shape[2]
+                frames = LATENT_FRAMES if number else 1
+                if number >= self.decoded_from:
+                    clip = self.decoder(latent, last and index == len(parts) - 1)[0]
+                done, number = done + frames, number + 1
                 self.report("decode", done)
-                yield clip[0]
+                if done > self.known:
+                    yield clip
+                else:
+                    # Frames that take no memory.
+                    yield block.new_full((), math.nan).expand(3, frames, *self.size)
 
     def finish(self, clips: Iterator[Tensor]) -> Iterator[Tensor]:
         """Frames 1 H W c in 0..1 without padding, in the colours of the source, with its alpha."""
@@ -278,6 +337,9 @@ class Life:
                 if not self.waiting:
                     return
                 source = self.waiting.popleft()
+                self.left += 1
+                if self.left <= self.known:
+                    continue
                 style = to_clip(self.fit([source]))
                 content = torch.lerp(style, self.transfer(content, style), self.settings.strength)
                 frame = to_frames(content)
@@ -315,14 +377,18 @@ class Slices:
     ):
         """`prepare` makes the autoencoder's input of a slice's item: a list of frames, or a latent."""
         self.life, self.stage, self.step, self.prepare = life, stage, step, prepare
-        self.state = CausalState()
+        self.state, self.fresh = CausalState(), True
         # One more, for the lone frame with which a shot begins.
-        self.past: deque[Any] = deque(maxlen=looks_back + 1)
+        self.looks_back = looks_back + 1
+        self.past: deque[Any] = deque(maxlen=self.looks_back)
 
     def begin(self) -> None:
         """Forget what came before."""
-        self.state = new_state(self.life.plan.state, self.life.models.device)
+        self.renew()
         self.past.clear()
+
+    def renew(self) -> None:
+        self.state, self.fresh = new_state(self.life.plan.state, self.life.models.device), True
 
     def __call__(self, item: Any, last: bool) -> Tensor:
         with self.life.models.vae.watched(self.life.repeat):
@@ -334,14 +400,16 @@ class Slices:
         del self.life, self.prepare, self.step, self.state
 
     def run(self, item: Any, last: bool) -> Tensor:
-        out, self.state = self.step(self.prepare(item), self.state, last)
+        # Amid a shot as well, the autoencoder begins with a lone frame.
+        begins_amid = self.fresh and isinstance(item, list) and len(item) % LATENT_FRAMES == 0
+        out, self.state = self.step(self.prepare(item[-1:] if begins_amid else item), self.state, last)
+        self.fresh = False
         return out
 
     def recover(self) -> None:
-        self.state = new_state(self.life.plan.state, self.life.models.device)
-        for index, item in enumerate(self.past):
-            frames_alone = index == 0 and isinstance(item, list) and len(item) % LATENT_FRAMES == 0
-            self.run(item[-1:] if frames_alone else item, last=False)
+        self.renew()
+        for item in self.past:
+            self.run(item, last=False)
 
 
 def prompts_of(models: Models, settings: Settings) -> list[Tensor]:

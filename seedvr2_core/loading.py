@@ -34,6 +34,7 @@ class Models:
     # Where it computes, as tensors name it: "cuda:0", not "cuda". Blocks of the transformer may wait elsewhere.
     device: torch.device
     choices: Choices | None = None  # who says where our own kernels run; None: nowhere
+    files: tuple[Path, ...] = ()  # where they come from
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +81,7 @@ def load_models(
         label=content.label,
         device=autoencoder.device,
         choices=choices,
+        files=(dit, vae),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MediaError
-from .life import Frames, Life, OnProgress
+from .life import Frames, Life, OnProgress, Waypoint
 from .loading import Models
 from .memory.plan import MemoryPlan, Stage
 from .planning import log_plan, plan_clip, told_of_memory
@@ -67,8 +67,8 @@ def stream(
     plan = plan_clip(models, settings, size, total)
     log_plan(plan, models, settings, "Frames")
     with told_of_memory(models, size):
-        for piece in restored(frames, models, settings, size, total, on_progress, plan):
-            yield piece.cpu()
+        for frame, _ in restored(frames, models, settings, size, total, on_progress, plan):
+            yield frame.cpu()
 
 
 @torch.inference_mode()
@@ -80,14 +80,26 @@ def restored(
     total: int | None,
     on_progress: OnProgress | None,
     plan: MemoryPlan,
-) -> Iterator[Tensor]:
+    start: Waypoint | None = None,
+) -> Iterator[tuple[Tensor, Waypoint]]:
+    """Frames 1 H W c in 0..1, on the device, of what `plan` was made for, each with the place behind it.
+
+    Args:
+        start: a place from which to go on: the frames before it are read, but do not come out.
+    """
+    report = on_progress or (lambda stage, done, total: None)
     done = 0
-    with closing(Life(models, settings, size, total, on_progress or (lambda stage, done, total: None), plan)) as life:
-        for shot in [frames] if settings.one_shot else shots(frames):
-            life.begin(done)
+    with closing(Life(models, settings, size, total, report, plan)) as life:
+        for shot in [iter(frames)] if settings.one_shot else shots(frames):
+            if start and done < start.shot:
+                for _ in shot:
+                    done += 1
+                    life.pass_by(done)
+                continue
+            life.begin(done, start if start and start.shot == done else None)
             for frame in life.finish(life.decode(life.restore(life.encode(life.pieces(shot))))):
-                done += 1
-                yield frame
+                yield frame, life.waypoint
+            done += life.left
     if not done:
         raise MediaError("There is no frame to restore.")
 

@@ -10,20 +10,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import MediaError
-from .life import PIECE, OnProgress
+from .journal import journal
+from .life import PIECE, OnProgress, Waypoint
 from .loading import Models
 from .pipeline import restored
 from .planning import bytes_of_frame, log_plan, plan_clip, told_of_memory
 from .settings import DEFAULTS, Settings
-from .video.files import Frame, Moment, open_reader, open_writer, probe
+from .video.encoders import VERSIONS
+from .video.files import Frame, MediaInfo, Moment, open_reader, open_writer, probe
 from .video.geometry import LATENT_FRAMES
+from .video.stills import images_in
 from .video.threads import read_ahead, write_behind
 from .video.transfers import download
 
@@ -45,6 +50,7 @@ class Report:
     height: int
     seconds: float
     chunk: int  # frames
+    resumed: int  # frames that an interrupted run had restored before
 
 
 def restore_file(
@@ -59,8 +65,9 @@ def restore_file(
     """Restore a video, an image or a folder of numbered images, whatever its length, into another.
 
     Sound, subtitles, timestamps and colour tags of a video are kept. The destination appears when it is complete;
-    until then, and after an error or a cancellation, it is as it was before. Where a source turns out to be damaged,
-    what can be read of it is restored, and kept beside the destination under a name that says so.
+    until then, and after an error or a cancellation, it is as it was before. A run that was interrupted goes on where
+    it was when it is begun again: the result is the same. Where a source turns out to be damaged, what can be read of
+    it is restored, and kept beside the destination under a name that says so.
 
     Args:
         fps: frame rate of a folder of images, which are frames of a clip here, whatever their names.
@@ -76,26 +83,34 @@ def restore_file(
     plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
     log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
 
-    def write(frame: tuple[Callable, Moment]) -> None:
-        arrived, moment = frame
+    def write(frame: tuple[Callable, Moment, Waypoint]) -> None:
+        arrived, moment, waypoint = frame
         writer.write_packed(arrived(), moment)
+        book.passed(waypoint, writer)
 
     with (
+        journal(Path(destination), _identity(info, models, settings), models.device) as book,
         open_reader(info) as reader,
-        open_writer(destination, info, width=width, height=height) as writer,
+        open_writer(destination, info, width=width, height=height, keep=book.keep) as writer,
         closing(read_ahead(reader, READ_AHEAD)) as ahead,
         write_behind(write, WRITE_BEHIND) as put,
         told_of_memory(models, size),
         # At once, also when `on_frame` raises: whoever is told may keep the traceback, and with it the models at work.
-        closing(restored(legible := _Legible(ahead), models, settings, size, info.frames, on_progress, plan)) as pieces,
+        closing(
+            restored(
+                legible := _Legible(ahead, book.keep.frames), models, settings, size, info.frames, on_progress, plan,
+                book.start,
+            )
+        ) as frames,
     ):
         for notice in writer.notices:
             log.warning(notice)
-        for piece in pieces:
-            for frame in piece:
-                if on_frame:
-                    on_frame(frame)
-                put((download(writer.pack(frame)), legible.moments.popleft()))
+        if book.start:
+            log.info("%s: going on after %d frames that an interrupted run has restored", writer.dst, writer.frames)
+        for (frame,), waypoint in frames:
+            if on_frame:
+                on_frame(frame)
+            put((download(writer.pack(frame)), legible.moments.popleft(), waypoint))
         if legible.damage:
             writer.land_beside()
     if damage := legible.damage:
@@ -111,28 +126,48 @@ def restore_file(
         height=height,
         seconds=round(time.perf_counter() - start, 3),
         chunk=LATENT_FRAMES * (plan.chunk - 1) + 1,
+        resumed=book.keep.frames,
     )
 
 
 class _Legible:
     """The frames of a source up to where it turns out to be damaged, unless that is at the first."""
 
-    def __init__(self, reader: Iterable[Frame]):
-        self.reader = reader
+    def __init__(self, reader: Iterable[Frame], known: int):
+        """`known`: frames from the beginning that are needed but not on their way any more."""
+        self.reader, self.known = reader, known
         self.moments: deque[Moment] = deque()  # of the frames that are on their way
         self.damage: MediaError | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        begun = False
+        number = 0
         try:
-            for frame in self.reader:
-                begun = True
-                self.moments.append(frame.time)
+            for number, frame in enumerate(self.reader, start=1):
+                if number > self.known:
+                    self.moments.append(frame.time)
                 yield frame.pixels
         except MediaError as error:
-            if not begun:
+            if not number:
                 raise
             self.damage = error
+
+
+def _identity(info: MediaInfo, models: Models, settings: Settings) -> dict[str, Any]:
+    """All that a result depends on, but for the device and how much memory it has."""
+    sources = images_in(info.path) if info.kind == "folder" else [info.path]
+    return {
+        "source": [_stamp(path) for path in sources],
+        "fps": info.fps,
+        "models": [models.label, models.dtype, *map(_stamp, models.files)],
+        "settings": asdict(replace(settings, memory_limit=None, attention=Settings.attention)),
+        "versions": [torch.__version__, VERSIONS],
+    }
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """Changes when a file does."""
+    status = path.stat()
+    return path.name, status.st_size, status.st_mtime_ns
 
 
 def check_file(

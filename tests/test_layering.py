@@ -27,7 +27,7 @@ ROOMS = {
     "memory": {"models", "video.chunks", "video.geometry"},
 }
 # These stand above every room, and each on those before it.
-TOP = ("settings", "loading", "planning", "life", "pipeline", "whole_files", "__init__", "__main__")
+TOP = ("settings", "loading", "planning", "life", "journal", "pipeline", "whole_files", "__init__", "__main__")
 MEDIA_LIBRARIES = {"PIL", "av"}
 KERNEL_LIBRARIES = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers"}
 

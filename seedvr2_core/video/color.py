@@ -11,7 +11,9 @@ Source: spec of the published flow (wavelet, AdaIN: StableSR) and of the communi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,8 @@ SAMPLES = 2**18
 BANDS = 8
 # Change of mean and spread between two frames of the input, in units of -1..1, that makes a cut.
 CUT = 0.1
+
+EMPTY: Mapping[Hashable, Any] = MappingProxyType({})
 
 # Replaces values by values of a reference population of the same name: (values n, reference m, name, enough) -> n.
 Match = Callable[[Tensor, Tensor, Hashable, bool], Tensor]
@@ -75,6 +79,15 @@ class ColorTransfer:
             result[t : t + 1] = self._frame(content[t : t + 1].float(), style[t : t + 1].float())
         return result
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """Tensors, in dictionaries, on which the frames to come depend."""
+        return self._shot.state()
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on after frames that another has corrected, whose `state` this was."""
+        self._shot = _Shot(**state)
+
     def _frame(self, content: Tensor, style: Tensor) -> Tensor:
         if self.method in ("lab", "adain", "hsv", "wavelet_adaptive"):
             self._shot.look_at(style)
@@ -95,12 +108,21 @@ class ColorTransfer:
 class _Shot:
     """Running averages since the last cut. Whether there was one stays on the device, so that nobody waits for it."""
 
-    def __init__(self) -> None:
-        self._look: Tensor | None = None
-        self._cut: Tensor | None = None  # whether the frame at hand begins a shot
-        self._averages: dict[Hashable, Tensor] = {}
-        self._seen: dict[Hashable, Tensor] = {}
-        self._levels: dict[Hashable, tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self,
+        look: Tensor | None = None,
+        cut: Tensor | None = None,  # whether the frame at hand begins a shot
+        averages: Mapping[Hashable, Tensor] = EMPTY,
+        seen: Mapping[Hashable, Tensor] = EMPTY,
+        levels: Mapping[Hashable, tuple[Tensor, Tensor]] = EMPTY,
+    ) -> None:
+        self._look, self._cut = look, cut
+        self._averages, self._seen, self._levels = dict(averages), dict(seen), dict(levels)
+
+    def state(self) -> dict[str, Any]:
+        # Copies of the dictionaries only: no tensor in them ever changes.
+        averages, seen, levels = dict(self._averages), dict(self._seen), dict(self._levels)
+        return {"look": self._look, "cut": self._cut, "averages": averages, "seen": seen, "levels": levels}
 
     def look_at(self, style: Tensor) -> None:
         """The next input frame: a shot ends where it looks different."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import av
 from av.codec import codecs_available
 
 from ..errors import MediaError
@@ -25,6 +26,9 @@ class Encoder:
     options: dict[str, str] = field(default_factory=dict)
     tag: str | None = None  # FourCC in .mp4 and .mov, where FFmpeg's own choice does not play everywhere
 
+
+# Of the libraries that encode: what they wrote goes together only with what the same ones write.
+VERSIONS = {"av": av.__version__, **av.library_versions}
 
 # The qualities (crf) leave no damage visible beside the restored detail. H.264 and HEVC cannot crop 4:2:0 to an odd
 # size, so odd sizes are kept by storing chroma in full (4:4:4) instead of dropping a row or column.

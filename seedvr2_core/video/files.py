@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import MediaError
 from .encoders import Codec
+from .keep import Keep
 from .media import Frame, MediaInfo, Moment, Reader, Writer
 from .stills import SUFFIXES as IMAGE_SUFFIXES
 from .stills import FolderWriter, ImageWriter, StillReader, probe_folder, probe_image
@@ -79,6 +80,7 @@ def open_writer(
     height: int,
     alpha: bool | None = None,
     codec: Codec = "auto",
+    keep: Keep | None = None,
 ) -> Writer:
     """Write frames to a video, an image or, if `dst` has no suffix, a folder of images.
 
@@ -88,6 +90,8 @@ def open_writer(
         width, height: pixels of the frames to come; odd ones are kept.
         alpha: whether they are RGBA; as in the source if None.
         codec: of a video; "auto" follows the suffix, the depth and the transparency.
+        keep: where what is written survives this process, and what an earlier one has left there, of the same source
+            and for the same `dst`, with which this one goes on. A picture and transparent VP9 do not survive.
 
     Raises:
         MediaError: before anything is written, when `dst` cannot hold what is to come, its sound included.
@@ -100,7 +104,7 @@ def open_writer(
         raise MediaError(f"{dst.name} is the file being read; name another to write to.")
     suffix = dst.suffix.lower()
     if suffix in MUXERS and not dst.is_dir():
-        return VideoWriter(dst, source, width=width, height=height, alpha=alpha, codec=codec)
+        return VideoWriter(dst, source, width=width, height=height, alpha=alpha, codec=codec, keep=keep)
     if codec != "auto":
         raise MediaError(f"{dst.name} is not a video, so it cannot be {codec}; leave the codec out or name a video.")
     if suffix in IMAGE_SUFFIXES and not dst.is_dir():
@@ -108,5 +112,5 @@ def open_writer(
             raise MediaError(f"{dst.name} holds one picture; name a video or a folder for the frames of a clip.")
         return ImageWriter(dst, source, width=width, height=height, alpha=alpha)
     if not suffix or dst.is_dir():
-        return FolderWriter(dst, source, width=width, height=height, alpha=alpha)
+        return FolderWriter(dst, source, width=width, height=height, alpha=alpha, keep=keep)
     raise MediaError(f"{dst.name} ends in none of {', '.join(MUXERS)}, {', '.join(IMAGE_SUFFIXES)}.")

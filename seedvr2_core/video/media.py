@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import MediaError
 from .geometry import to_floats
+from .keep import Keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class Writer(ABC):
     """
 
     notices: list[str]  # what `dst` will lack of its source, a sentence each, for people
+    kept: Keep | None = None  # what another run could go on from, were this one killed now; None: nothing ever
 
     def __init__(self, dst: Path, *, width: int, height: int, channels: int) -> None:
         self.dst = dst
@@ -193,6 +195,9 @@ class Writer(ABC):
         self.landing = next(name for name in names if not name.exists())
         return self.landing
 
+    def flush(self) -> None:  # noqa: B027 (nothing to do for writers that keep nothing)
+        """Have the system know what is `kept`."""
+
     @abstractmethod
     def _pack(self, frame: Tensor) -> list[Tensor]:
         """Turn one (H, W, c) frame into whole numbers."""
@@ -211,9 +216,10 @@ class Writer(ABC):
     def discard(self) -> None:
         """Delete what was written so far."""
         self._release()
-        if self.partial.is_dir():
+        if self.partial.is_dir() and not self.kept:
             shutil.rmtree(self.partial)
-        self.partial.unlink(missing_ok=True)
+        if not self.partial.is_dir():
+            self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Writer:
         return self

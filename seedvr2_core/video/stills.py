@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import MediaError
+from .keep import Keep
 from .media import Frame, MediaInfo, Moment, Orientation, Reader, Writer, integers, saving
 from .planes import Coding, rgb_from_frame
 
@@ -211,8 +212,19 @@ class ImageWriter(Writer):
 class FolderWriter(Writer):
     """Frames as numbered images in a new folder; those of a folder keep their names and formats."""
 
-    def __init__(self, dst: Path, source: MediaInfo, *, width: int, height: int, alpha: bool) -> None:
+    def __init__(
+        self,
+        dst: Path,
+        source: MediaInfo,
+        *,
+        width: int,
+        height: int,
+        alpha: bool,
+        keep: Keep | None = None,
+    ) -> None:
         super().__init__(dst, width=width, height=height, channels=4 if alpha else 3)
+        if keep:
+            self.kept, self.frames, self.partial = keep, keep.frames, keep.images
         self.source = source
         if source.audio:
             self.notices.append(f"A folder of images holds no sound: that of {source.path.name} is left out.")
@@ -225,9 +237,9 @@ class FolderWriter(Writer):
         if dst.exists() and any(dst.iterdir()):
             raise MediaError(f"The folder {dst.name} is not empty; name a new one, so that nothing in it is lost.")
         with saving(dst):
-            if self.partial.exists():
+            if self.partial.exists() and not self.frames:
                 shutil.rmtree(self.partial)  # left by a run that was killed
-            self.partial.mkdir()
+            self.partial.mkdir(exist_ok=True)
 
     def _pack(self, frame: Tensor) -> list[Tensor]:
         # For those of its images that can have as many bits; the others make theirs of them.
@@ -237,6 +249,8 @@ class FolderWriter(Writer):
         original = self.originals[self.frames] if self.frames < len(self.originals) else None
         name = original.name if original else f"{self.frames + 1:06d}.png"
         write_image(self.partial / name, planes[0], self.source.bit_depth, _color_profile(original))
+        if self.kept:
+            self.kept = replace(self.kept, frames=self.frames + 1)
 
     def _finish(self) -> None:
         pass

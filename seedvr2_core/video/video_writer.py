@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import MediaError
 from .encoders import Codec, Encoder, choose
 from .geometry import to_floats
+from .keep import Keep, PacketLog, packets_of
 from .media import MediaInfo, Moment, Writer
 from .planes import (
     MATRICES,
@@ -49,7 +50,15 @@ class VideoWriter(Writer):
     """
 
     def __init__(
-        self, dst: Path, source: MediaInfo, *, width: int, height: int, alpha: bool, codec: Codec = "auto"
+        self,
+        dst: Path,
+        source: MediaInfo,
+        *,
+        width: int,
+        height: int,
+        alpha: bool,
+        codec: Codec = "auto",
+        keep: Keep | None = None,
     ) -> None:
         super().__init__(dst, width=width, height=height, channels=4 if alpha else 3)
         encoder, self.pixel_format = choose(
@@ -61,13 +70,17 @@ class VideoWriter(Writer):
         # The source's own clock, so that every timestamp of a variable rate stays exact.
         self.time_base = source.time_base or 1 / source.fps
         self._durations: dict[int, int] = {}
-        self._last = -math.inf
+        self._last = self._decoded = -math.inf  # times of the last frame and of the last packet, in ticks
         self._end = Fraction(0)  # of the last frame, in seconds
+        self._log: PacketLog | None = None
         self._stack = ExitStack()
         with ExitStack() as undo:
             undo.callback(self.discard)
             try:
                 self._open(encoder, source)
+                # Its alpha is a second picture beside every packet, which av can read but not make.
+                if keep and not (alpha and encoder.library == "libvpx-vp9"):
+                    self._go_on(keep)
             except (OSError, ValueError, av.FFmpegError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise MediaError(f"{dst.name} cannot be started at {width}x{height} ({reason}).") from error
@@ -84,6 +97,15 @@ class VideoWriter(Writer):
         self._copy = self._stack.enter_context(StreamCopy(source, self._container, self.dst))
         self.notices += self._copy.notices
         self._container.start_encoding()
+
+    def _go_on(self, keep: Keep) -> None:
+        for packet in packets_of(keep, self.time_base):
+            self._last = max(self._last, packet.pts)
+            self._end = max(self._end, (packet.pts + packet.duration) * self.time_base)
+            self._carry(packet)
+        self.kept, self.frames = keep, keep.frames
+        self._log = PacketLog(keep)
+        self._stack.callback(self._log.close)
 
     def _add_video(self, encoder: Encoder, source: MediaInfo) -> av.VideoStream:
         stream = self._container.add_stream(encoder.library, rate=source.fps, options=dict(encoder.options))
@@ -123,6 +145,8 @@ class VideoWriter(Writer):
             raise MediaError(f"{self.dst.name} got a frame for {float(time.start):.3f} s after a later one.")
         self._last = picture.pts
         self._durations[picture.pts] = max(1, round(time.duration / self.time_base))
+        if self._log:
+            self._log.expect(picture.pts)
         self._end = time.start + time.duration
         self._mux(self._video.encode(picture))
 
@@ -130,8 +154,22 @@ class VideoWriter(Writer):
         for packet in packets:
             # Only here do all containers learn how long the last frame stays.
             packet.duration = self._durations.pop(packet.pts)
-            self._copy.until(packet.dts * packet.time_base)
-            self._container.mux(packet)
+            # Where an encoder takes over from that of an earlier run, it knows nothing of the last times of the other.
+            packet.dts = max(packet.dts, self._decoded + 1)
+            if self._log:
+                self._log.append(packet)
+                self.kept = self._log.kept
+            self._carry(packet)
+
+    def _carry(self, packet: av.Packet) -> None:
+        self._decoded = packet.dts
+        self._copy.until(packet.dts * packet.time_base)
+        packet.stream = self._video
+        self._container.mux(packet)
+
+    def flush(self) -> None:
+        if self._log:
+            self._log.flush()
 
     def _finish(self) -> None:
         self._mux(self._video.encode(None))

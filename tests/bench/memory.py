@@ -104,7 +104,8 @@ def restoration(clip: Clip, vae: VAEConfig = VAE, dit: DiTConfig = DIT, device: 
 
 
 def stream(frames: Tensor, models: Models, settings: Settings, size: tuple[int, int]) -> Iterator[Tensor]:
-    return restored(frames, models, settings, size, len(frames), None, plan_clip(models, settings, size, len(frames)))
+    plan = plan_clip(models, settings, size, len(frames))
+    return (frame for frame, _ in restored(frames, models, settings, size, len(frames), None, plan))
 
 
 def half(kind: Half, clip: Clip, vae: VAEConfig = VAE, device: str = "cpu") -> tuple[int, int]:

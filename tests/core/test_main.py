@@ -93,6 +93,7 @@ def test_a_video_is_restored_and_reported(tiny, tmp_path):
         "destination": str(dst),
         "model": "tiny",
         "frames": 10,
+        "resumed": 0,
         "width": 48,
         "height": 48,
         "chunk": 9,
@@ -211,15 +212,18 @@ def test_a_file_goes_into_a_folder_under_its_own_name(tiny, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "clip.mp4").write_bytes(b"old")
     (tmp_path / "out" / ".gone.partial.mp4").touch()
-    os.utime(tmp_path / "out" / ".gone.partial.mp4", (0, 0))
+    (tmp_path / "out" / ".gone.mp4.01234567.resume").mkdir()
+    for path in (tmp_path / "out").glob(".gone*"):
+        os.utime(path, (0, 0))
     for source in (picture(tmp_path / "in.png"), video(tmp_path / "clip.mp4", 2), video(tmp_path / "tape.avi", 2)):
         with caplog.at_level("INFO"):
             assert main(["restore", str(source), str(tmp_path / "out"), *tiny, "--same"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"in.png", "clip.mp4", "tape.mkv", ".gone.partial.mp4"}
+    assert names == {"in.png", "clip.mp4", "tape.mkv", ".gone.partial.mp4", ".gone.mp4.01234567.resume"}
     assert probe(tmp_path / "out" / "clip.mp4").frames == 2
     assert sum(message.endswith("in place of the file that was there") for message in caplog.messages) == 1
     assert ".gone.partial.mp4 seems to be left by a run that was killed" in caplog.text
+    assert ".gone.mp4.01234567.resume holds what an interrupted run has restored; begin it again" in caplog.text
 
 
 # --- the bar ---------------------------------------------------------------------------------------------------------
@@ -521,7 +525,7 @@ def test_an_interrupt_stops_soon_and_leaves_nothing(tiny, tmp_path):
             _, errors = run.communicate(timeout=60)
             assert time.monotonic() - sent < PATIENCE
             assert run.returncode == 130
-            assert "Traceback" not in errors and errors.endswith("interrupted; nothing half-written was left behind.\n")
+            assert "Traceback" not in errors and errors.endswith("interrupted; what was there before is untouched.\n")
     finally:
         for run in runs.values():
             run.kill()

@@ -1,0 +1,393 @@
+"""A run that was interrupted goes on where it was, and nobody sees it in the result."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+from seedvr2_core import journal
+from seedvr2_core.errors import Cancelled, MediaError
+from seedvr2_core.life import Waypoint
+from seedvr2_core.loading import Models
+from seedvr2_core.memory.stages import reach
+from seedvr2_core.pipeline import restored
+from seedvr2_core.planning import plan_clip
+from seedvr2_core.settings import Settings
+from seedvr2_core.video.encoders import ENCODERS
+from seedvr2_core.video.files import open_reader, open_writer, probe
+from seedvr2_core.video.geometry import Target
+from seedvr2_core.video.keep import HEADER, Keep, PacketLog, packets_of
+from seedvr2_core.video.media import Moment
+from seedvr2_core.whole_files import restore_file
+from tests.core.conftest import RUNNABLE_VAE
+from tests.core.test_pipeline import clip
+from tests.core.test_whole_files import MEDIA, sound
+
+SETTINGS = Settings(target=Target.exact(20, 28), color="lab", chunk=13)
+LARGER = Target.exact(48, 64)
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def saved_at_once(monkeypatch):
+    monkeypatch.setattr(journal, "SAVE_EVERY", 0.0)
+    # Of tiny frames x264 makes now this, now that otherwise, where the processor has AVX-512.
+    monkeypatch.setitem(ENCODERS["h264"].options, "mbtree", "0")
+
+
+# --- from a place amid a clip ----------------------------------------------------------------------------------------
+
+
+def film() -> torch.Tensor:
+    """Two shots, T H W 3, the second so long that its beginning has no influence on its end."""
+    return torch.cat([clip(10, 16, 16), clip(260, 16, 16).flip(2) ** 3])
+
+
+@pytest.fixture(scope="module")
+def whole(runnable) -> list[tuple[torch.Tensor, Waypoint]]:
+    """Every frame of the film and the place behind it."""
+    return list(_restored(runnable, film(), None))
+
+
+def _restored(models: Models, frames: torch.Tensor, start: Waypoint | None, calls: list | None = None):
+    settings, size = Settings(target=Target.same(), color="lab", chunk=13), frames.shape[1:3]
+
+    def note(stage: str, done: float, total: int | None) -> None:
+        if calls is not None:
+            calls.append((stage, done, total))
+
+    plan = plan_clip(models, settings, size, len(frames))
+    return restored(frames, models, settings, size, len(frames), note, plan, start)
+
+
+@pytest.mark.parametrize("at", [1, 6, 10, 11, 12, 15, 140, 141, 142, 143, 200, 255, 269, 270])
+def test_what_follows_a_place_is_the_same_to_the_bit(runnable, whole, at):
+    calls: list[tuple] = []
+    rest = list(_restored(runnable, film(), whole[at - 1][1], calls))
+    assert len(rest) == len(whole) - at
+    for (frame, place), (wanted, wanted_place) in zip(rest, whole[at:], strict=True):
+        assert torch.equal(frame, wanted)
+        assert place.frames == wanted_place.frames and place.shot == wanted_place.shot
+    done = [done for stage, done, _ in calls if stage == "decode"]
+    assert done[-1] == len(whole) and {total for *_, total in calls} == {len(whole)}
+
+
+def test_only_what_the_rest_depends_on_is_computed_again(runnable, whole, monkeypatch):
+    counts = dict.fromkeys(("encode_slice", "forward", "decode_slice"), 0)
+
+    def counted(owner: type, name: str):
+        plain = getattr(owner, name)
+
+        def call(*arguments, **named):
+            counts[name] += 1
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    rest = _restored(runnable, film(), whole[269][1])  # planning, which tries them too, is over
+    counted(type(runnable.vae), "encode_slice")
+    counted(type(runnable.vae), "decode_slice")
+    counted(type(runnable.dit), "forward")
+    assert list(rest) == []
+    encoder, decoder = reach(RUNNABLE_VAE)
+    # The second shot has 66 latents, of which the last begins with the frame that is asked for. A pass has 4 latents,
+    # of which neighbours share 2. The first piece that is encoded has 2.
+    assert counts["decode_slice"] == decoder + 2
+    assert counts["encode_slice"] == decoder + 2 + 4 + encoder + 1
+    assert counts["forward"] == math.ceil(counts["decode_slice"] / 2)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def source(path: Path, frames: int = 40, bits: int = 8) -> Path:
+    """A video that never repeats itself, with a cut."""
+    form = "yuv420p" if bits == 8 else "yuv420p10le"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 24, form
+        pixels = (clip(frames).flip(2) * 255).round().to(torch.uint8).numpy()
+        pixels[frames // 3 :] = 255 - pixels[frames // 3 :]
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def images(folder: Path, alpha: bool = False) -> Path:
+    folder.mkdir()
+    info = probe(source(folder.parent / "images.mp4", 24))
+    frames = clip(24, channels=4 if alpha else 3)
+    with open_writer(folder / "all", info, width=32, height=24, alpha=alpha) as out:
+        out.write(frames, [Moment(Fraction(n, 25), Fraction(1, 25)) for n in range(24)])
+    return folder / "all"
+
+
+def stopping(at: int):
+    """An `on_frame` that interrupts when so many frames are done."""
+    seen = []
+
+    def on_frame(frame: torch.Tensor) -> None:
+        seen.append(frame)
+        if len(seen) > at:
+            raise Cancelled("Stopped.")
+
+    return on_frame
+
+
+def interrupted(src: Path, dst: Path, models: Models, settings: Settings, at: int) -> int:
+    """Interrupt a run; how many frames were kept."""
+    with pytest.raises(Cancelled):
+        restore_file(src, dst, models, settings, on_frame=stopping(at))
+    assert not dst.exists()
+    return sum(len(torch.load(path / "state.pt", weights_only=True)) > 0 for path in left(dst))
+
+
+def left(dst: Path) -> list[Path]:
+    return sorted(path for path in dst.parent.iterdir() if path.name.startswith(f".{dst.name}."))
+
+
+def frames_of(path: Path) -> torch.Tensor:
+    with open_reader(probe(path)) as reader:
+        return torch.stack([frame.floats() for frame in reader])
+
+
+def times_of(path: Path) -> list[Moment]:
+    with open_reader(probe(path)) as reader:
+        return [frame.time for frame in reader]
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "exactly"),
+    [
+        ("8 bits", ".mp4", False),
+        ("8 bits", ".mkv", False),
+        ("8 bits", ".webm", False),
+        ("10 bits", ".mov", False),
+        ("images", ".mp4", False),
+        ("images", "", True),
+        ("transparent", ".mkv", True),
+        ("transparent", ".mov", False),
+        ("sound", ".mp4", False),
+    ],
+)
+def test_a_file_is_completed_by_a_second_run(runnable, transparent, tmp_path, monkeypatch, kind, suffix, exactly):
+    # What a lossy encoder makes of noise depends on where it begins.
+    models, settings = (runnable, SETTINGS) if exactly else (transparent, replace(SETTINGS, target=LARGER))
+    if kind in ("images", "sound"):  # short ones, of which it would hold back all
+        monkeypatch.setitem(ENCODERS["h264"].options, "rc-lookahead", "2")
+    match kind:
+        case "images" | "transparent":
+            src = images(tmp_path / "in", kind == "transparent")
+        case "sound":
+            src = MEDIA / "stream.mp4"
+        case _:
+            src = source(tmp_path / "in.mp4", 140, bits=int(kind.split()[0]))
+    frames = probe(src).frames
+    dst, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+    restore_file(src, whole, models, settings)
+    restore_file(src, tmp_path / "pixels", models, settings)
+    assert interrupted(src, dst, models, settings, at=frames - 5) == 1
+    report = restore_file(src, dst, models, settings)
+    assert 0 < report.resumed <= frames - 4 and report.frames == frames
+    assert times_of(dst) == times_of(whole)
+    if exactly:
+        assert torch.equal(frames_of(dst), frames_of(whole))
+    else:
+        # The same packets as far as they were kept, and as near to what was encoded in all that follows.
+        lossless = frames_of(tmp_path / "pixels")
+        kept, resumed = frames_of(whole), frames_of(dst)
+        assert torch.equal(resumed[: report.resumed], kept[: report.resumed])
+        errors = [(clip - lossless)[report.resumed :].abs().mean() for clip in (resumed, kept)]
+        assert errors[0] < 1.3 * errors[1] < 0.03
+    assert not left(dst)
+    if suffix:
+        assert sound(dst) == sound(whole)
+        if kind == "sound":
+            assert sound(dst) == sound(src) and len(sound(src)) > 10
+
+
+def test_times_that_vary_stay_exact(sample, transparent, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS["h264"].options, "rc-lookahead", "2")
+    src = sample("lq/clips/shaky_vfr_rot180_1280x720_audio.mp4")
+    settings = replace(SETTINGS, target=Target.exact(16, 28), color="none")
+    interrupted(src, tmp_path / "out.mp4", transparent, settings, at=probe(src).frames - 10)
+    report = restore_file(src, tmp_path / "out.mp4", transparent, settings)
+    assert report.resumed > 0
+    with open_reader(probe(src)) as old, open_reader(probe(tmp_path / "out.mp4")) as new:
+        assert [frame.time.start for frame in old] == [frame.time.start for frame in new]
+    assert sound(tmp_path / "out.mp4") == sound(src)
+
+
+def test_several_interruptions_are_no_worse_than_one(runnable, tmp_path):
+    src, dst = images(tmp_path / "in"), tmp_path / "out"
+    restore_file(src, tmp_path / "whole", runnable, SETTINGS)
+    kept = []
+    for at in (5, 5, 5):
+        with pytest.raises(Cancelled):
+            restore_file(src, dst, runnable, SETTINGS, on_frame=stopping(at))
+        kept.append(torch.load(left(dst)[0] / "state.pt", weights_only=True)["keep"]["frames"])
+    assert kept[0] < kept[1] < kept[2]
+    assert restore_file(src, dst, runnable, SETTINGS).resumed == kept[2]
+    assert torch.equal(frames_of(dst), frames_of(tmp_path / "whole"))
+
+
+KILLED = """
+import os, signal, sys, torch
+from seedvr2_core import journal, load_models, restore_file, pick, Settings, Target
+from seedvr2_core.video.encoders import ENCODERS
+journal.SAVE_EVERY = 0.0
+ENCODERS["h264"].options.update({"mbtree": "0", "rc-lookahead": "2"})  # the clip is short
+seen = []
+def on_frame(frame):
+    seen.append(frame)
+    if len(seen) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+models = load_models(*pick("nano"), torch.device("cpu"), torch.float32)
+print(restore_file(sys.argv[1], sys.argv[2], models, Settings(target=Target.exact(48, 64)), on_frame=on_frame).resumed)
+"""
+
+
+def test_a_process_that_is_killed_loses_only_what_the_encoder_holds_back(tmp_path):
+    def run(dst: Path, dies_at: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", KILLED, str(MEDIA / "stream.mp4"), str(dst), str(dies_at)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    dst, whole = tmp_path / "out.mkv", tmp_path / "whole.mkv"
+    assert run(whole, 0).stdout == "0\n"
+    assert run(dst, 30).returncode == -signal.SIGKILL and not dst.exists()
+    done = run(dst, 0)
+    assert 10 < int(done.stdout) < 30
+    assert times_of(dst) == times_of(whole) and sound(dst) == sound(whole)
+    kept = int(done.stdout)
+    assert torch.equal(frames_of(dst)[:kept], frames_of(whole)[:kept])
+    assert (frames_of(dst) - frames_of(whole)).abs().mean() < 0.01
+    # Nor is there the file any more into which the first was writing.
+    assert {path.name for path in tmp_path.iterdir()} == {"out.mkv", "whole.mkv"}
+
+
+# --- what is not gone on with ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_off(runnable, tmp_path) -> tuple[Path, Path]:
+    """A source, and the destination of a run that was interrupted."""
+    src = images(tmp_path / "in")
+    interrupted(src, tmp_path / "out", runnable, SETTINGS, at=15)
+    return src, tmp_path / "out"
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"strength": 0.5}, {"chunk": 17}, {"target": Target.exact(24, 28)}])
+def test_a_run_with_other_settings_begins_anew_and_ends_the_matter(runnable, broken_off, change):
+    src, dst = broken_off
+    assert restore_file(src, dst, runnable, replace(SETTINGS, **change)).resumed == 0
+    assert not left(dst)
+
+
+def test_where_and_in_how_much_memory_it_computes_may_change(runnable, broken_off):
+    src, dst = broken_off
+    settings = replace(SETTINGS, memory_limit=1 << 30, attention="sdpa")
+    assert restore_file(src, dst, runnable, settings).resumed > 0
+
+
+def test_another_source_or_model_begins_anew(runnable, broken_off, tmp_path):
+    src, dst = broken_off
+    (tmp_path / "weights").write_text("of a model")
+    assert restore_file(src, tmp_path / "out", replace(runnable, files=(tmp_path / "weights",)), SETTINGS).resumed == 0
+    shutil.rmtree(dst)
+    interrupted(src, dst, runnable, SETTINGS, at=15)
+    first = sorted(src.iterdir())[0]
+    first.write_bytes(sorted(src.iterdir())[1].read_bytes())
+    assert restore_file(src, dst, runnable, SETTINGS).resumed == 0
+
+
+@pytest.mark.parametrize("damage", ["state", "code", "images", "packets"])
+def test_what_is_damaged_is_told_and_begun_anew(runnable, broken_off, tmp_path, caplog, monkeypatch, damage):
+    src, dst = broken_off
+    if damage == "packets":
+        monkeypatch.setitem(ENCODERS["h264"].options, "rc-lookahead", "2")
+        dst = tmp_path / "out.mp4"
+        interrupted(src, dst, runnable, SETTINGS, at=22)
+    (folder,) = left(dst)
+    match damage:
+        case "state":
+            (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:100])
+        case "code":
+            torch.save({"keep": Harmful()}, folder / "state.pt")
+        case "images":
+            sorted((folder / "images").iterdir())[0].unlink()
+        case "packets":
+            with (folder / "packets").open("r+b") as file:
+                file.seek(HEADER.size + 10)
+                file.write(b"not what it was")
+    assert restore_file(src, dst, runnable, SETTINGS).resumed == 0
+    assert "beginning anew" in caplog.text and not left(dst) and not Harmful.done
+    assert probe(dst).frames == probe(src).frames
+
+
+class Harmful:
+    done: list[str] = []  # noqa: RUF012
+
+    def __reduce__(self):
+        return Harmful.done.append, ("executed",)
+
+
+def test_two_runs_do_not_write_one_file(runnable, broken_off):
+    src, dst = broken_off
+    (folder,) = left(dst)
+    with FileLock(folder / "lock"), pytest.raises(MediaError, match="out is being written by another process"):
+        restore_file(src, dst, runnable, SETTINGS)
+    assert restore_file(src, dst, runnable, SETTINGS).resumed > 0
+
+
+def test_a_short_run_leaves_nothing(runnable, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "SAVE_EVERY", 10.0)
+    src = images(tmp_path / "in")
+    with pytest.raises(Cancelled):
+        restore_file(src, tmp_path / "out", runnable, SETTINGS, on_frame=stopping(15))
+    assert not left(tmp_path / "out")
+
+
+def test_transparent_vp9_is_completed_from_the_beginning(transparent, tmp_path):
+    src = images(tmp_path / "in", alpha=True)
+    with pytest.raises(Cancelled):
+        restore_file(src, tmp_path / "out.webm", transparent, SETTINGS, on_frame=stopping(20))
+    assert not left(tmp_path / "out.webm")
+    assert restore_file(src, tmp_path / "out.webm", transparent, SETTINGS).resumed == 0
+    assert probe(tmp_path / "out.webm").has_alpha
+
+
+# --- packets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_beginning_is_kept_when_no_frame_of_it_is_missing(tmp_path):
+    """Key frame 0, then 3 before 1 and 2 that refer to it, then 5 before 4."""
+    log, kept = PacketLog(Keep(tmp_path)), []
+    for pts in range(6):
+        log.expect(pts)
+    for pts in (0, 3, 1, 2, 5):
+        packet = av.Packet(bytes([pts]) * (pts + 1))
+        packet.pts, packet.dts, packet.duration = pts, pts, 1
+        log.append(packet)
+        kept.append(log.kept.frames)
+    log.flush()
+    assert kept == [1, 1, 1, 4, 4]
+    assert log.kept.is_whole()
+    read = list(packets_of(log.kept, Fraction(1, 25)))
+    assert [(packet.pts, bytes(packet)) for packet in read] == [(n, bytes([n]) * (n + 1)) for n in (0, 3, 1, 2)]
+    log.close()
+    again = PacketLog(log.kept)
+    again.close()
+    assert log.kept.packets.stat().st_size == log.kept.bytes  # the half of what came after is gone
