@@ -38,7 +38,9 @@ ENCODERS: dict[str, Encoder] = {
         suffixes=(".mp4", ".m4v", ".mov", ".mkv"),
         plain={8: "yuv420p", 10: "yuv420p10le"},
         odd={8: "yuv444p", 10: "yuv444p10le"},
-        options={"crf": "16", "preset": "medium"},
+        # Half as far ahead as usual, for 0.1 to 0.4 dB: what an encoder holds back takes memory, and is lost when a run
+        # is interrupted.
+        options={"crf": "16", "preset": "medium", "rc-lookahead": "20"},
     ),
     "h265": Encoder(
         library="libx265",
