@@ -432,6 +432,27 @@ def test_a_run_stops_within_two_seconds(server: Server, picture):
     assert server.answers()
 
 
+def test_a_video_goes_on_where_it_was_when_comfyui_crashed(server: Server, sample, tmp_path):
+    source = cut(sample("lq/clips/chaplin_640x360_audio.mp4"), tmp_path / "long.mp4", frames=80, height=240)
+    graph = from_path(str(source), filename_prefix="video/stopped", options=["options", 0])
+    graph["options"] = {"class_type": "SVR2Options", "inputs": {"memory_limit": 0.0, "frames_at_once": 17}}
+    folder = server.base / "output" / "video"
+    prompt = server.queue(graph)
+    while not list(folder.glob(".stopped_00001_.mp4.*.resume/state.pt")):
+        assert server.history(prompt) is None
+        time.sleep(0.1)
+    server.restart()
+    assert not list(folder.glob("stopped*"))
+    begun = len(server.log())
+    entry = server.run(graph)
+    assert succeeded(entry), told(entry)
+    assert "going on after" in server.log()[begun:]
+    (file,) = files(entry, "restore")
+    assert (file["filename"], list(folder.glob(".stopped*"))) == ("stopped_00001_.mp4", [])
+    with av.open(str(folder / file["filename"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 80
+
+
 def test_memory_does_not_grow_from_run_to_run(server: Server, picture):
     name = picture("memory.png", width=160, height=120)
 
