@@ -7,8 +7,8 @@ was never stopped. A guard sees the scalars it knows by name and is silent about
     d_adv gap accuracy ar1 ar2 penalty_ratio std_ratio_min std_ratio_max high_frequency_ratio    of training.apt
     condition_effect                 of a validation, see `training.validation`
 
-The ratios of training.apt are of latents, which nothing decodes while it trains: pictures that are over-sharpened where
-their latents are not go unnoticed here, and show in previews. Those of training.vae are of pixels.
+The ratios of training.apt are of latents, which nothing decodes while it trains; those of training.vae and of
+previews are of pixels.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Verdict:
     action: Action = "go"
     sentence: str = ""
     hold_average: bool = False  # keep this step's weights out of the averaged ones
+    preview: bool = False  # show what is restored now
     exit_code: int = 0  # of the process, where the action is to stop
 
 
@@ -125,7 +126,12 @@ class Guards:
         findings = [*self._spikes(scalars), *self._game(scalars), *self._penalties(scalars), *self._pictures(scalars)]
         gravest = max((verdict.action for verdict in findings), key=SEVERITY.index, default="go")
         sentence = " ".join(verdict.sentence for verdict in findings if verdict.sentence)
-        return Verdict(gravest, sentence, hold_average=any(verdict.hold_average for verdict in findings))
+        return Verdict(
+            gravest,
+            sentence,
+            hold_average=any(verdict.hold_average for verdict in findings),
+            preview=any(verdict.preview for verdict in findings),
+        )
 
     def check_validation(self, step: int, value: float) -> Verdict:
         """The same for a validation metric of which less is better."""
@@ -153,6 +159,14 @@ class Guards:
         return _alert(f"The condition of another sample changes what is restored by {effect:.2g} of the spread of real "
                       "ones: the model ignores its condition. Early in a run it may; else check that the latents of a "
                       "pair belong together, and condition_noise.")
+
+    def check_previews(self, detail: Mapping[str, float]) -> Verdict:
+        """The same for previews, by how many times the fine detail of the real one each restored one has."""
+        sharp = [f"{name} ({ratio:.2f})" for name, ratio in detail.items() if ratio > self.config.sharpness]
+        if not sharp:
+            return Verdict()
+        return _alert(f"Restored previews have more fine detail than real ones, by the energy of {', '.join(sharp)}: "
+                      "they are over-sharpened.")
 
     def state_dict(self) -> dict[str, Any]:
         """The memory as plain dicts, lists and numbers."""
@@ -264,8 +278,12 @@ class Guards:
             least, most = (self._mean(name, scalars[name], SPREAD_DECAY) for name in ("std_ratio_min", "std_ratio_max"))
             outside = least < config.spread[0] or most > config.spread[1]
             if lasted := self._lasts("plates", outside, config.patience):
-                yield _alert(f"Restored channels have had {least:.2f} to {most:.2f} times the spread of real ones for "
-                             f"{lasted} steps; look at a preview. Weights are not averaged until that ends.")
+                yield Verdict(
+                    "alert",
+                    f"Restored channels have had {least:.2f} to {most:.2f} times the spread of real ones for {lasted} "
+                    "steps; look at the preview of now. Weights are not averaged until that ends.",
+                    preview=True,
+                )
             yield Verdict(hold_average=self.memory.counts["plates"] >= config.patience)
         if "high_frequency_ratio" in scalars:
             mean = self._mean("high_frequency_ratio", scalars["high_frequency_ratio"], SPREAD_DECAY)

@@ -246,6 +246,7 @@ class Trainer:
         self.starts = {name: [own.cpu().clone() for own in weights(stage.modules[name])] for name in restarted}
         self.rollbacks: list[Rollback] = []
         self.ended = False  # before the last step, by the stage
+        self.alarmed = False  # a guard wants to see what is restored now
         self.hash = configs.config_hash(config)
         self.first = self._begin(config)
 
@@ -351,6 +352,7 @@ class Trainer:
         scalars |= {f"{prefix}grad_norm": norm.item(), f"{prefix}lr": rate}
         verdict = self.session.guards.check(step, scalars)
         self._obey(step, verdict, scalars)
+        self.alarmed = self.alarmed or verdict.preview
         if verdict.action != "skip":
             if optim.clip and norm > optim.clip:
                 scale_gradients(module, optim.clip / (norm + 1e-6))
@@ -437,7 +439,8 @@ class Trainer:
         """
         config, last = self.config, done == self.config.steps or self.ended
         validates = last or done % config.validate_every == 0
-        shows = config.preview_every is not None and (last or done % config.preview_every == 0)
+        regular = config.preview_every is not None and (last or done % config.preview_every == 0)
+        shows, self.alarmed = regular or self.alarmed, False
         if validates or shows:
             self._look(done, validates, shows)
         if last or done % config.keep_averaged_every == 0:
@@ -464,6 +467,8 @@ class Trainer:
                 write_previews(self.directory / "previews" / f"step_{done:06d}", shown, raw)
             except OSError as error:
                 self.journal.alert(done, f"The previews could not be saved ({error}).")
+            detail = {each.name: each.detail for each in shown}
+            self._obey(done, self.session.guards.check_previews(detail), detail)
         if results:
             self.journal.validation({"step": done, **results})
             self._obey(done, self.session.guards.check_results(results), results)

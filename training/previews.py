@@ -16,6 +16,8 @@ from torch import Tensor
 
 from seedvr2_core.video.geometry import to_uint8
 
+from .losses import high_frequency_ratio
+
 # Frames of a clip in its strip: the first, the last, and some between.
 FRAMES = 4
 
@@ -28,6 +30,12 @@ class Preview:
     given: Tensor
     restored: Tensor
     wanted: Tensor
+
+    @property
+    def detail(self) -> float:
+        """How many times the energy of fine detail that is wanted was restored."""
+        clips = [x.detach().float().cpu().transpose(0, 1)[None] for x in (self.restored, self.wanted)]
+        return high_frequency_ratio(*clips).item()
 
 
 def write_previews(folder: Path, averaged: Sequence[Preview], raw: Sequence[Preview]) -> None:

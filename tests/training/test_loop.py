@@ -284,6 +284,34 @@ def test_previews_that_cannot_be_written_do_not_stop_a_run(tmp_path, monkeypatch
     assert alert["step"] == 6 and "No space left" in alert["message"]
 
 
+@pytest.mark.parametrize("contrast", [0.5, 1.0, 2.0])
+def test_pictures_that_are_over_sharpened_are_reported(tmp_path, contrast):
+    class Seen(Regression):
+        def preview(self, module):
+            picture = torch.rand(2, 3, 8, 8)
+            return [Preview("clip", picture, contrast * picture, picture), Preview("same", picture, picture, picture)]
+
+    train(Seen(), tmp_path, preview_every=6)
+    messages = [alert["message"] for alert in journal.read(tmp_path / "alerts.jsonl")]
+    told = "Restored previews have more fine detail than real ones, by the energy of clip (4.00): they"
+    assert [message.startswith(told) for message in messages] == [True] * (contrast > 1)
+
+
+def test_restored_latents_that_collapse_are_shown_at_once(tmp_path):
+    class Collapsed(Regression):
+        def backward(self, *arguments):
+            return super().backward(*arguments) | {"std_ratio_min": 0.1, "std_ratio_max": 0.1}
+
+        def preview(self, module):
+            picture = torch.rand(1, 3, 8, 8)
+            return [Preview("clip", picture, picture, picture)]
+
+    train(Collapsed(), tmp_path, Session(guards=Guards(GuardConfig(patience=4))), preview_every=6)
+    assert {path.name for path in (tmp_path / "previews").iterdir()} == {"step_000004", "step_000006"}
+    (alert,) = journal.read(tmp_path / "alerts.jsonl")
+    assert alert["step"] == 3 and "look at the preview of now" in alert["message"]
+
+
 def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
     def full(tensors, **options):
         raise OSError(28, "No space left on device")
