@@ -46,7 +46,7 @@ from .video.geometry import Target
 from .video.stills import SUFFIXES as IMAGE_SUFFIXES
 from .video.stills import images_in, missing_numbers, why_no_clip
 from .video.video_writer import MUXERS
-from .whole_files import Report, check_file, restore_file
+from .whole_files import Report, check_file, fingerprint, restore_file
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 ANY_VIDEO = ".mkv"
 # Seconds without a change after which a file that was being written is taken to be left by a run that was killed.
 ABANDONED = 600
+# Name of what says which pictures of a folder are finished.
+FINISHED = "pictures"
 # Seconds between two looks of the bar, where it moves and where every look is a line in a file.
 MOVING, LISTED = 0.1, 10
 
@@ -157,7 +159,7 @@ def run_restore(args: argparse.Namespace) -> None:
     if taken_for:
         log.info("%s: %s", args.input, taken_for)
     if separate:
-        _mention_abandoned(destination)
+        _mention_abandoned(destination, FINISHED)
     else:
         _mention_abandoned(destination.parent, destination.stem)
     dtype = pick_dtype(args.dtype, device)
@@ -193,17 +195,32 @@ def _restore(source: Path, destination: Path, models: Models, settings: Settings
 def _restore_pictures(
     source: Path, destination: Path, models: Models, settings: Settings
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Restore each image of a folder into another, under its own name; returns reports, and what failed and why."""
+    """Restore each image of a folder into another, under its own name; returns reports, and what failed and why.
+
+    Those that an interrupted run has finished are left alone.
+    """
     destination.mkdir(exist_ok=True)
-    rows, failed = [], {}
+    finished = destination / f".{FINISHED}{JOURNAL}"
+    known = finished.read_text().split() if finished.exists() else []
+    rows, failed, left = [], {}, 0
     for image in images_in(source):
         try:
+            mark = fingerprint(probe(image), models, settings)
+            if mark in known and (destination / image.name).exists():
+                left += 1
+                continue
             rows.append(dataclasses.asdict(_restore(image, destination / image.name, models, settings, Fraction(24))))
+            # Without it the picture is restored once more.
+            with suppress(OSError), finished.open("a") as file:
+                file.write(f"{mark}\n")
         except Cancelled:
             raise
         except (MediaError, SettingError) as error:
             print(f"seedvr2: {error}", file=sys.stderr)
             failed[image.name] = str(error)
+    finished.unlink(missing_ok=True)
+    if left:
+        log.info("%s had been restored by a run that was interrupted", _counted(left, "picture"))
     return rows, failed
 
 

@@ -5,19 +5,16 @@ Whatever interrupts it: the user, a full disk, a crash, the end of power.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import pickle
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -35,17 +32,16 @@ SUFFIX = ".resume"
 
 
 @contextmanager
-def journal(destination: Path, identity: Mapping[str, Any], device: torch.device) -> Iterator[Journal]:
+def journal(destination: Path, fingerprint: str, device: torch.device) -> Iterator[Journal]:
     """The journal of a run, which is deleted when the block ends well; otherwise it stays, and it is said where.
 
     Args:
-        identity: all that the result depends on, as JSON. A run of another identity has another journal.
+        fingerprint: of all that the result depends on. A run of another one has another journal.
 
     Raises:
         MediaError: another process is at it, or it cannot be written.
     """
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = destination.with_name(f".{destination.name}.{name}{SUFFIX}")
+    folder = destination.with_name(f".{destination.name}.{fingerprint}{SUFFIX}")
     with saving(destination):
         folder.mkdir(exist_ok=True)
     lock = FileLock(folder / "lock")

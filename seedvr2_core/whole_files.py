@@ -5,6 +5,8 @@ Files are read and written by threads of their own; frames go to the device, and
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections import deque
@@ -13,7 +15,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ def restore_file(
     size = height, width = settings.target.size(info.height, info.width)
     plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
     log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
+    if info.interlaced:
+        log.warning("%s is marked as interlaced: if what moves has combs, they will be restored too; deinterlace it "
+                    "first, with ffmpeg -i IN -vf bwdif OUT.", info.path.name)  # fmt: skip
 
     def write(frame: tuple[Callable, Moment, Waypoint]) -> None:
         arrived, moment, waypoint = frame
@@ -89,7 +93,7 @@ def restore_file(
         book.passed(waypoint, writer)
 
     with (
-        journal(Path(destination), _identity(info, models, settings), models.device) as book,
+        journal(Path(destination), fingerprint(info, models, settings), models.device) as book,
         open_reader(info) as reader,
         open_writer(destination, info, width=width, height=height, keep=book.keep) as writer,
         closing(read_ahead(reader, READ_AHEAD)) as ahead,
@@ -152,16 +156,17 @@ class _Legible:
             self.damage = error
 
 
-def _identity(info: MediaInfo, models: Models, settings: Settings) -> dict[str, Any]:
-    """All that a result depends on, but for the device and how much memory it has."""
+def fingerprint(info: MediaInfo, models: Models, settings: Settings) -> str:
+    """Eight digits that change with all a result depends on, but not with where and in how much memory it is made."""
     sources = images_in(info.path) if info.kind == "folder" else [info.path]
-    return {
+    identity = {
         "source": [_stamp(path) for path in sources],
         "fps": info.fps,
         "models": [models.label, models.dtype, *map(_stamp, models.files)],
         "settings": asdict(replace(settings, memory_limit=None, attention=Settings.attention)),
         "versions": [torch.__version__, VERSIONS],
     }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from seedvr2_core import __main__ as command
 from seedvr2_core.__main__ import Bar, main
 from seedvr2_core.checkpoints.folders import NANO_DIT, NANO_VAE, pick
 from seedvr2_core.errors import CheckpointError
@@ -176,6 +177,31 @@ def test_separate_pictures_are_restored_each_by_itself(tiny, photos, tmp_path, c
     for name in ("ann.png", "bob.png", "eve.jpg"):
         assert main(["restore", str(photos / name), str(tmp_path / name), *tiny]) == 0
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_pictures_that_an_interrupted_run_has_finished_are_left_alone(tiny, photos, tmp_path, monkeypatch, caplog):
+    out, restore = tmp_path / "out", command.restore_file
+
+    def until_eve(source: Path, *others: object) -> object:
+        if source.name == "eve.jpg":
+            raise KeyboardInterrupt
+        return restore(source, *others)
+
+    def run(*options: str, stops: bool = False) -> dict[str, int]:
+        """Restore all; when each file was written."""
+        monkeypatch.setattr(command, "restore_file", until_eve if stops else restore)
+        assert main(["restore", str(photos), str(out), *tiny, *options]) == (130 if stops else 0)
+        return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    begun = run(stops=True)
+    assert begun.keys() == {"ann.png", "bob.png", ".pictures.resume"}
+    with caplog.at_level("INFO"):
+        done = run()
+    assert done.keys() == {"ann.png", "bob.png", "eve.jpg"} and done["ann.png"] == begun["ann.png"]
+    assert caplog.messages[-1] == "2 pictures had been restored by a run that was interrupted"
+    again = run(stops=True)
+    assert again["ann.png"] > done["ann.png"]  # nothing had been interrupted
+    assert run("--seed", "1")["ann.png"] > again["ann.png"]  # it makes other pictures
 
 
 def test_a_picture_that_cannot_be_read_does_not_keep_others_from_being_restored(tiny, photos, tmp_path, capsys):

@@ -127,6 +127,19 @@ def test_whole_numbers_and_threads_change_no_pixel(sample, runnable, tmp_path, n
         assert torch.equal(one.pixels, other.pixels)
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_combs_are_warned_of(transparent, tmp_path, caplog, interlaced):
+    with av.open(str(tmp_path / "in.mkv"), "w") as container:
+        options = {"x264-params": "interlaced=1"} if interlaced else {}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    run(tmp_path / "in.mkv", tmp_path / "out.mkv", transparent)
+    assert ("in.mkv is marked as interlaced" in caplog.text) == interlaced
+
+
 # --- images and folders ----------------------------------------------------------------------------------------------
 
 
