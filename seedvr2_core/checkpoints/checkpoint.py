@@ -13,14 +13,14 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.dit import SEEDVR2_7B, DiTConfig
 from ..models.vae import VAEConfig
-from . import plain, unsupported
+from . import gguf_file, plain, unsupported
 from .detect import Content, Kind, Part, detect
-from .format import Format, Header, first_bytes
+from .format import NUMBERS, Format, Header, first_bytes
 from .published import MODELS
 from .sizes import FREQUENCIES
 
 # The first that recognises a file reads it, so what is a special case of another comes before it.
-FORMATS: tuple[Format, ...] = (unsupported.GGUF, unsupported.QUANTISED, plain.SAFETENSORS, plain.PICKLE)
+FORMATS: tuple[Format, ...] = (gguf_file.GGUF, unsupported.QUANTISED, plain.SAFETENSORS, plain.PICKLE)
 # What people save under a weights file's name when a download goes wrong.
 MISTAKEN = {b"version https://": "a Git LFS pointer", b"<": "a web page"}
 
@@ -40,6 +40,11 @@ class CheckpointInfo:
     parameters: int  # of the models inside, or of everything
     prompts: tuple[str, ...]  # which prompt embeddings are inside: "positive", "negative"
     why_not: str  # why it cannot be loaded, as one sentence; empty if it can
+
+    @property
+    def coarse(self) -> bool:
+        """Whether most of the weights are rounded more than 16 bits round."""
+        return self.dtype not in NUMBERS
 
     @property
     def config(self) -> DiTConfig | VAEConfig | None:
@@ -120,7 +125,7 @@ def inspect(path: Path) -> CheckpointInfo:
 
 
 def _format_of(path: Path) -> Format:
-    expected = "expected a .safetensors or .pth file"
+    expected = "expected a .safetensors, .pth or .gguf file"
     try:
         head = first_bytes(path)
         for format in FORMATS:

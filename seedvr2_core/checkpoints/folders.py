@@ -81,15 +81,15 @@ def _inspected(path: Path, size: int, changed: int) -> CheckpointInfo | None:
         log.debug("passed over: %s", error)
         return None
     if info.why_not and (info.parts or "seedvr" in path.name.lower()):
-        # Once, for whoever wonders why it is in no list. Of a GGUF file only the name tells that it is ours.
+        # Once, for whoever wonders why it is in no list. Of a file that nobody here can read, only the name tells.
         log.info("%s", info.why_not)
     return info
 
 
-def _rank(info: CheckpointInfo) -> tuple[bool, bool, int, Path]:
+def _rank(info: CheckpointInfo) -> tuple[bool, bool, int, bool, Path]:
     quality = QUALITY.index(info.config) if info.config in QUALITY else len(QUALITY)
     # The shapes of the multi-step model are the same, so its published file name has to tell.
-    return bool(info.why_not), info.path.name in MULTI_STEP_FILES, quality, info.path
+    return bool(info.why_not), info.path.name in MULTI_STEP_FILES, quality, info.coarse, info.path
 
 
 def pick(model: str | None = None, vae: str | Path | None = None) -> tuple[Path, Path]:

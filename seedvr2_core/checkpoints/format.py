@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Types that hold a weight to 8 bits of precision or more, and such as hold none but what others make of them.
+NUMBERS = ("float64", "float32", "float16", "bfloat16")
+CODES = ("int64", "int32", "int16", "int8", "uint8", "bool", "float8_e8m0fnu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:

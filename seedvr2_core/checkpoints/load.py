@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +15,11 @@ from ..models.dit import DiT
 from ..models.vae import VideoVAE
 from .checkpoint import Checkpoint
 from .detect import Part
+from .format import CODES
 from .sizes import FREQUENCIES
 
-# Types a weight can be converted from as it stands.
-PLAIN_TYPES = ("float64", "float32", "float16", "bfloat16")
+log = logging.getLogger(__name__)
+
 # How many tensors an error names; the rest is counted.
 NAMED = 3
 
@@ -73,6 +75,9 @@ def _load(
         module = build(part.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if not _computed(name)}
     _check(checkpoint, part, shapes)
+    if checkpoint.info.coarse:
+        log.info("%s holds weights in %s: larger files of the same model restore better", checkpoint.path.name,
+                 checkpoint.info.dtype)  # fmt: skip
 
     names = {part.stored[name]: name for name in shapes}
     # Real memory for what is computed, since the module has none yet; its owner fills it in.
@@ -102,9 +107,7 @@ def _check(checkpoint: Checkpoint, part: Part, shapes: dict[str, tuple[int, ...]
             for name, shape in shapes.items()
             if name in found and not _fits(found[name].shape, shape)
         ],
-        "stores as integers or in 8 bits": [
-            name for name in shapes if name in found and found[name].dtype not in PLAIN_TYPES
-        ],
+        "stores as integers": [name for name in shapes if name in found and found[name].dtype in CODES],
     }
     for verb, names in problems.items():
         if names:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .format import Format, Header, first_bytes
+from .format import Format
 from .plain import is_safetensors, safetensors_header
 
 # Names of the tensors that accompany quantised weights: ComfyUI's own formats, and its older scaled fp8.
 SCALES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".scale_weight", "scaled_fp8")
 # What a large matrix is never stored in unless it is quantised.
-NARROW = ("float8", "f8", "f6", "f4", "int8", "uint8")
-
-
-def is_gguf(path: Path) -> bool:
-    return first_bytes(path).startswith(b"GGUF")
+NARROW = ("f6", "f4", "int8", "uint8")
 
 
 def is_quantised(path: Path) -> bool:
@@ -26,15 +22,9 @@ def is_quantised(path: Path) -> bool:
     )
 
 
-GGUF = Format(
-    name="gguf",
-    recognise=is_gguf,
-    header=lambda path: Header(file=path.name, tensors={}),
-    why_not="is a GGUF file, a format that is not supported yet",
-)
 QUANTISED = Format(
     name="quantised",
     recognise=is_quantised,
     header=safetensors_header,
-    why_not="holds quantised weights (fp8, int8 or fp4), which are not supported yet",
+    why_not="holds quantised weights (scaled fp8, int8 or fp4), which are not supported yet",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seedvr2_core.checkpoints import folders
+from seedvr2_core.checkpoints import checkpoint, folders, gguf_file
 from seedvr2_core.checkpoints.folders import (
     NANO_DIT,
     NANO_VAE,
@@ -35,15 +35,17 @@ def test_the_best_model_comes_first(write, tmp_path, ranked, dit, vae):
     write("models/sub/x_better.safetensors", better)
     write("models/seedvr_ema_7b.pth", better)
     write("models/0_fp8.safetensors", {name: t.to(torch.float8_e4m3fn) for name, t in better.items()})
+    write("models/0_int8.safetensors", {**better, "txt_in.comfy_quant": torch.zeros(9, dtype=torch.uint8)})
     write("models/vae.safetensors", vae.state_dict())
     found = [info.path.name for info in find_models([tmp_path]) if info.parts[0].kind == "dit"]
     assert found == [
         "x_better.safetensors",
         "y_better_sharp.safetensors",
+        "0_fp8.safetensors",
         "b_worse.pth",
         "a_unpublished.safetensors",
         "seedvr_ema_7b.pth",
-        "0_fp8.safetensors",
+        "0_int8.safetensors",
     ]
 
 
@@ -99,12 +101,15 @@ def test_others_get_the_autoencoder_beside_them_or_the_published_one(write, tmp_
     assert autoencoder_of(mine, [published]) == beside
 
 
-def test_a_model_of_ours_that_cannot_be_loaded_is_told_once(write, tmp_path, caplog, dit):
-    write("fp8.safetensors", {name: t.to(torch.float8_e4m3fn) for name, t in dit.state_dict().items()})
+def test_a_model_of_ours_that_cannot_be_loaded_is_told_once(write, tmp_path, caplog, dit, monkeypatch):
+    monkeypatch.setattr(gguf_file, "INSTALLED", False)
+    unread = replace(gguf_file.GGUF, why_not="is a GGUF file")
+    monkeypatch.setattr(checkpoint, "FORMATS", (unread, *checkpoint.FORMATS[1:]))
+    write("int8.safetensors", {**dit.state_dict(), "txt_in.comfy_quant": torch.zeros(9, dtype=torch.uint8)})
     (tmp_path / "seedvr2_ema_7b-Q4_K_M.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
     (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
     with caplog.at_level("INFO"):
         for _ in range(2):
             find_models([tmp_path])
     told = sorted(record.message.partition(" ")[0] for record in caplog.records if record.levelname == "INFO")
-    assert told == ["fp8.safetensors", "seedvr2_ema_7b-Q4_K_M.gguf"]
+    assert told == ["int8.safetensors", "seedvr2_ema_7b-Q4_K_M.gguf"]
