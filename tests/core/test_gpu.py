@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seedvr2_core import Settings, Target, load_models, pick, restore
+from seedvr2_core import Cancelled, Settings, Target, journal, load_models, pick, restore, restore_file
 from seedvr2_core.checkpoints.export import save
 from seedvr2_core.loading import fast_options
 from seedvr2_core.models.dit import DiT
@@ -17,6 +17,7 @@ from seedvr2_core.models.vae_fast import FastVAE
 from tests.core.conftest import RUNNABLE_DIT
 from tests.core.models.test_dit import CASES, flatten, inputs, relative
 from tests.core.test_pipeline import clip
+from tests.core.test_resuming import frames_of, images, stopping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -88,6 +89,18 @@ def test_a_restoration_is_the_same_as_on_a_cpu_and_every_time(frames):
     first = restore(source, half, settings)
     assert relative(first, expected) < 3e-2
     assert torch.equal(restore(source, half, settings), first)
+
+
+def test_a_file_whose_restoration_was_interrupted_is_the_same_as_a_whole_one(tmp_path, monkeypatch):
+    """The place to go on from is written down by another thread while the GPU computes."""
+    monkeypatch.setattr(journal, "SAVE_EVERY", 0.0)
+    models = load_models(*pick("nano"), CUDA, torch.bfloat16)
+    settings, source = Settings(target=Target.exact(48, 64), chunk=17), images(tmp_path / "in")
+    restore_file(source, tmp_path / "whole", models, settings)
+    with pytest.raises(Cancelled):
+        restore_file(source, tmp_path / "out", models, settings, on_frame=stopping(15))
+    assert restore_file(source, tmp_path / "out", models, settings).resumed > 0
+    assert (frames_of(tmp_path / "out") - frames_of(tmp_path / "whole")).abs().max() < 2 / 255
 
 
 def test_fp8_never_has_a_whole_plain_transformer_on_the_device(tmp_path):
