@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from .errors import MediaError
 from .life import Waypoint
+from .video.files import check_folder
 from .video.keep import Keep
 from .video.media import Writer, saving
 
@@ -41,6 +42,7 @@ def journal(destination: Path, fingerprint: str, device: torch.device) -> Iterat
     Raises:
         MediaError: another process is at it, or it cannot be written.
     """
+    check_folder(destination)
     folder = destination.with_name(f".{destination.name}.{fingerprint}{SUFFIX}")
     with saving(destination):
         folder.mkdir(exist_ok=True)

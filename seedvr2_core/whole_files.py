@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -90,27 +90,31 @@ def restore_file(
     def write(frame: tuple[Callable, Moment, Waypoint]) -> None:
         arrived, moment, waypoint = frame
         writer.write_packed(arrived(), moment)
-        book.passed(waypoint, writer)
+        if book:
+            book.passed(waypoint, writer)
 
+    # A picture is too little to be gone on with.
+    mark = fingerprint(info, models, settings)
+    kept = nullcontext() if info.kind == "image" else journal(Path(destination), mark, models.device)
     with (
-        journal(Path(destination), fingerprint(info, models, settings), models.device) as book,
+        kept as book,
         open_reader(info) as reader,
-        open_writer(destination, info, width=width, height=height, keep=book.keep) as writer,
+        open_writer(destination, info, width=width, height=height, keep=book and book.keep) as writer,
         closing(read_ahead(reader, READ_AHEAD)) as ahead,
         write_behind(write, WRITE_BEHIND) as put,
         told_of_memory(models, size),
         # At once, also when `on_frame` raises: whoever is told may keep the traceback, and with it the models at work.
         closing(
             restored(
-                legible := _Legible(ahead, book.keep.frames), models, settings, size, info.frames, on_progress, plan,
-                book.start,
+                legible := _Legible(ahead, resumed := writer.frames), models, settings, size, info.frames, on_progress,
+                plan, book and book.start,
             )
         ) as frames,
     ):
         for notice in writer.notices:
             log.warning(notice)
-        if book.start:
-            log.info("%s: going on after %d frames that an interrupted run has restored", writer.dst, writer.frames)
+        if resumed:
+            log.info("%s: going on after %d frames that an interrupted run has restored", writer.dst, resumed)
         for (frame,), waypoint in frames:
             if on_frame:
                 on_frame(frame)
@@ -130,7 +134,7 @@ def restore_file(
         height=height,
         seconds=round(time.perf_counter() - start, 3),
         chunk=LATENT_FRAMES * (plan.chunk - 1) + 1,
-        resumed=book.keep.frames,
+        resumed=resumed,
     )
 
 

@@ -72,6 +72,12 @@ def open_reader(info: MediaInfo) -> Reader:
     return VideoReader(info) if info.kind == "video" else StillReader(info)
 
 
+def check_folder(dst: Path) -> None:
+    """Raises MediaError where there is no folder for a file."""
+    if not dst.absolute().parent.is_dir():
+        raise MediaError(f"The folder {dst.parent} for {dst.name} does not exist; make it first.")
+
+
 def open_writer(
     dst: str | Path,
     source: MediaInfo,
@@ -98,8 +104,7 @@ def open_writer(
     """
     dst = Path(dst)
     alpha = source.has_alpha if alpha is None else alpha
-    if not dst.absolute().parent.is_dir():
-        raise MediaError(f"The folder {dst.parent} for {dst.name} does not exist; make it first.")
+    check_folder(dst)
     if dst.exists() and source.path.exists() and dst.samefile(source.path):
         raise MediaError(f"{dst.name} is the file being read; name another to write to.")
     suffix = dst.suffix.lower()
