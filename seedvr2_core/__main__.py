@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 try:
     import resource
@@ -35,6 +36,7 @@ from .checkpoints.folders import EXTENSIONS, default_directory, pick
 from .device import DTYPES, pick_device, pick_dtype
 from .errors import Cancelled, MediaError, SeedVR2Error, SettingError
 from .journal import SUFFIX as JOURNAL
+from .journal import holds_work
 from .loading import Models, load_models
 from .memory.plan import parse_bytes
 from .models.linear import PACKING_NAMES
@@ -159,27 +161,29 @@ def run_restore(args: argparse.Namespace) -> None:
     if taken_for:
         log.info("%s: %s", args.input, taken_for)
     if separate:
-        _mention_abandoned(destination, FINISHED)
+        _mention_abandoned(destination, f".{FINISHED}{JOURNAL}")
     else:
-        _mention_abandoned(destination.parent, destination.stem)
+        own = f".{destination.name}{JOURNAL}", f".{destination.stem}.partial{destination.suffix}"
+        _mention_abandoned(destination.parent, *own)
     dtype = pick_dtype(args.dtype, device)
     models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
     if separate:
-        rows, failed = _restore_pictures(args.input, destination, models, settings)
+        rows, failed, left = _restore_pictures(args.input, destination, models, settings)
         row = {"pictures": rows, "failed": failed}
     else:
-        row, failed = dataclasses.asdict(_restore(args.input, destination, models, settings, args.fps)), {}
+        row, failed, left = dataclasses.asdict(_restore(args.input, destination, models, settings, args.fps)), {}, 0
     if args.json:
         _save(args.json, {**row, **_circumstances(settings, device)})
     if failed:
-        others = f"the others are in {destination}" if rows else "there are no others"
-        raise MediaError(f"{len(failed)} of {_counted(len(failed) + len(rows), 'picture')} could not be restored "
+        done = len(rows) + left
+        others = f"the others are in {destination}" if done else "there are no others"
+        raise MediaError(f"{len(failed)} of {_counted(len(failed) + done, 'picture')} could not be restored "
                          f"({', '.join(failed)}), for the reasons above; {others}.")  # fmt: skip
 
 
 def _restore(source: Path, destination: Path, models: Models, settings: Settings, fps: Fraction) -> Report:
     replaced = destination.is_file()
-    with Bar() as bar:
+    with logging_redirect_tqdm(), Bar() as bar:
         report = restore_file(source, destination, models, settings, bar, fps)
         bar.finish(report.frames)
     log.info(
@@ -194,34 +198,43 @@ def _restore(source: Path, destination: Path, models: Models, settings: Settings
 
 def _restore_pictures(
     source: Path, destination: Path, models: Models, settings: Settings
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Restore each image of a folder into another, under its own name; returns reports, and what failed and why.
+) -> tuple[list[dict[str, Any]], dict[str, str], int]:
+    """Restore each image of a folder into another, under its own name.
 
-    Those that an interrupted run has finished are left alone.
+    Returns reports, what failed and why, and how many were left alone because an interrupted run has finished them.
     """
     destination.mkdir(exist_ok=True)
     finished = destination / f".{FINISHED}{JOURNAL}"
-    known = finished.read_text().split() if finished.exists() else []
     rows, failed, left = [], {}, 0
+    # A line each time that a picture is begun or finished; the last one counts.
+    lines = finished.read_text("utf-8").splitlines() if finished.exists() else []
+    marks = {name: mark for mark, _, name in (line.partition(" ") for line in lines)}
+
+    def note(mark: str, name: str) -> None:
+        # Without it a picture is restored once more.
+        with suppress(OSError), finished.open("a", encoding="utf-8") as file:
+            file.write(f"{mark} {name}\n")
+
     for image in images_in(source):
         try:
             mark = fingerprint(probe(image), models, settings)
-            if mark in known and (destination / image.name).exists():
+            if marks.get(image.name) == mark and (destination / image.name).exists():
                 left += 1
                 continue
+            if image.name in marks:
+                note("begun", image.name)
             rows.append(dataclasses.asdict(_restore(image, destination / image.name, models, settings, Fraction(24))))
-            # Without it the picture is restored once more.
-            with suppress(OSError), finished.open("a") as file:
-                file.write(f"{mark}\n")
+            note(mark, image.name)
         except Cancelled:
             raise
         except (MediaError, SettingError) as error:
             print(f"seedvr2: {error}", file=sys.stderr)
             failed[image.name] = str(error)
-    finished.unlink(missing_ok=True)
+    if not failed:
+        finished.unlink(missing_ok=True)
     if left:
         log.info("%s had been restored by a run that was interrupted", _counted(left, "picture"))
-    return rows, failed
+    return rows, failed, left
 
 
 def _folder_kind(args: argparse.Namespace) -> tuple[bool, str]:
@@ -269,15 +282,15 @@ def _check_folder(source: Path, output: Path) -> None:
     output.rmdir()
 
 
-def _mention_abandoned(folder: Path, but: str = "") -> None:
-    """What runs for others than the destination of this name have left, unless they may still be at it."""
+def _mention_abandoned(folder: Path, *own: str) -> None:
+    """What runs for other destinations than our own have left, unless they may still be at it."""
     for path in sorted([*folder.glob(".*.partial*"), *folder.glob(f".*{JOURNAL}")]):
         with suppress(FileNotFoundError):  # finished meanwhile
-            if path.name.startswith(f".{but}.") or time.time() - path.stat().st_mtime < ABANDONED:
+            if path.name in own or time.time() - path.stat().st_mtime < ABANDONED:
                 continue
-            if path.suffix == JOURNAL:
+            if path.suffix == JOURNAL and (path.is_file() or holds_work(path)):
                 log.info("%s holds what an interrupted run has restored; begin it again to go on, or delete it.", path)
-            else:
+            elif path.suffix != JOURNAL:
                 log.info("%s seems to be left by a run that was killed; delete it if no other is writing it.", path)
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .errors import MediaError
-from .journal import journal
+from .journal import claimed, journal
 from .life import PIECE, OnProgress, Waypoint
 from .loading import Models
+from .models.linear import is_rounded
 from .pipeline import restored
 from .planning import bytes_of_frame, log_plan, plan_clip, told_of_memory
 from .settings import DEFAULTS, Settings
@@ -168,7 +169,8 @@ def fingerprint(info: MediaInfo, models: Models, settings: Settings) -> str:
         "fps": info.fps,
         "models": [models.label, models.dtype, *map(_stamp, models.files)],
         "settings": asdict(replace(settings, memory_limit=None, attention=Settings.attention)),
-        "versions": [torch.__version__, VERSIONS],
+        "rounded": models.dit is not None and is_rounded(models.dit),
+        "versions": [torch.__version__, VERSIONS, *map(_stamp, sorted(Path(__file__).parent.rglob("*.py")))],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
@@ -185,9 +187,11 @@ def check_file(
     """Refuse what `restore_file` would refuse and what needs no models to be found out. Leaves nothing behind.
 
     Raises:
-        MediaError: the source cannot be opened, or the destination not hold what is to come.
+        MediaError: the source cannot be opened, or the destination not hold what is to come, or another process is
+            writing it.
         SettingError: the output would have an impossible size.
     """
     info = probe(source, fps=fps)
     height, width = settings.target.size(info.height, info.width)
-    open_writer(destination, info, width=width, height=height).discard()
+    with nullcontext() if info.kind == "image" else claimed(Path(destination)):
+        open_writer(destination, info, width=width, height=height).discard()

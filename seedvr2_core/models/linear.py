@@ -116,6 +116,11 @@ def pack(module: Module, name: str = "auto") -> Module:
     return module
 
 
+def is_rounded(module: nn.Module) -> bool:
+    """Whether a packing that is not exact is somewhere inside."""
+    return any(isinstance(layer.packed, Fp8Weight) for layer in module.modules() if isinstance(layer, Linear))
+
+
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the packing that layers of this type will get there, or "none", so that it can be refused, and told,
     before anything is loaded.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +26,7 @@ class Keep:
 
     folder: Path
     frames: int = 0
-    bytes: int = 0  # of the packets
+    bytes: int = 0  # of the packets or images
     checksum: int = 0  # CRC-32 of those bytes
 
     @property
@@ -35,17 +37,13 @@ class Keep:
     def images(self) -> Path:
         return self.folder / "images"
 
-    def is_whole(self) -> bool:
-        """Whether it is still there."""
+    def is_whole(self, files: Iterable[Path]) -> bool:
+        """Whether all of it is still in these files, one after another."""
         checksum, missing = 0, self.bytes
-        try:
-            if not self.bytes:
-                return self.frames <= sum(1 for _ in self.images.iterdir())
-            with self.packets.open("rb") as file:
+        for path in files:
+            with path.open("rb") as file:
                 while missing and (block := file.read(min(BLOCK, missing))):
                     checksum, missing = zlib.crc32(block, checksum), missing - len(block)
-        except OSError:
-            return False
         return not missing and checksum == self.checksum
 
 
@@ -85,9 +83,12 @@ class PacketLog:
             self.kept = replace(self.kept, frames=self._frames, bytes=self._bytes, checksum=self._checksum)
 
     def flush(self) -> None:
-        """Have the system know all of it: what follows may be the end of this process."""
+        """Have all of it on disk: what follows may be the end of this process, or of power."""
         if not self._file.closed:
             self._file.flush()
+            os.fsync(self._file.fileno())
+        elif self.kept.packets.stat().st_size < self.kept.bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # which nobody was told when it was closed
 
     def close(self) -> None:
         self._file.close()

@@ -196,7 +196,7 @@ class Writer(ABC):
         return self.landing
 
     def flush(self) -> None:  # noqa: B027 (nothing to do for writers that keep nothing)
-        """Have the system know what is `kept`."""
+        """Have on disk what is `kept`."""
 
     @abstractmethod
     def _pack(self, frame: Tensor) -> list[Tensor]:
@@ -247,7 +247,8 @@ def saving(dst: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        raise MediaError(f"{dst.name} could not be written ({error.strerror}); nothing was kept of it.") from error
+        why = f"{dst.name} could not be written ({error.strerror}); what was there before is untouched."
+        raise MediaError(why) from error
 
 
 def integers(values: Tensor, depth: Literal[8, 16]) -> Tensor:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import struct
@@ -225,6 +226,7 @@ class FolderWriter(Writer):
         super().__init__(dst, width=width, height=height, channels=4 if alpha else 3)
         if keep:
             self.kept, self.frames, self.partial = keep, keep.frames, keep.images
+        self._in_cache: list[Path] = []  # written, though maybe not yet on disk
         self.source = source
         if source.audio:
             self.notices.append(f"A folder of images holds no sound: that of {source.path.name} is left out.")
@@ -248,9 +250,17 @@ class FolderWriter(Writer):
     def _write(self, planes: Sequence[Tensor], time: Moment) -> None:
         original = self.originals[self.frames] if self.frames < len(self.originals) else None
         name = original.name if original else f"{self.frames + 1:06d}.png"
-        write_image(self.partial / name, planes[0], self.source.bit_depth, _color_profile(original))
+        path, profile = self.partial / name, _color_profile(original)
+        data = write_image(path, planes[0], self.source.bit_depth, profile)
         if self.kept:
-            self.kept = replace(self.kept, frames=self.frames + 1)
+            size, checksum = self.kept.bytes + len(data), zlib.crc32(data, self.kept.checksum)
+            self.kept = replace(self.kept, frames=self.frames + 1, bytes=size, checksum=checksum)
+            self._in_cache.append(path)
+
+    def flush(self) -> None:
+        while self._in_cache:
+            with self._in_cache.pop().open("rb+") as file:
+                os.fsync(file.fileno())
 
     def _finish(self) -> None:
         pass
@@ -269,12 +279,16 @@ def read_image(path: Path) -> Tensor:
         return torch.from_numpy(np.array(pixels))
 
 
-def write_image(path: Path, frame: Tensor, bit_depth: int, color_profile: bytes | None = None) -> None:
-    """Encode one (H, W, c) frame, 0..1 or codes, rounded; in 16 bits if `bit_depth` is over 8 and the format can."""
+def write_image(path: Path, frame: Tensor, bit_depth: int, color_profile: bytes | None = None) -> bytes:
+    """Encode one (H, W, c) frame, 0..1 or codes, rounded; in 16 bits if `bit_depth` is over 8 and the format can.
+
+    Returns what is in the file now.
+    """
     depth = _written_depth(path, bit_depth)
     encode = _encode_deep if depth > 8 else _encode
     data = encode(integers(frame, depth), path.suffix.lower(), color_profile)
     path.write_bytes(data)  # encoded first: Pillow's own writing hides why it fails
+    return data
 
 
 def _encode(pixels: Tensor, suffix: str, color_profile: bytes | None) -> bytes:

@@ -201,7 +201,23 @@ def test_pictures_that_an_interrupted_run_has_finished_are_left_alone(tiny, phot
     assert caplog.messages[-1] == "2 pictures had been restored by a run that was interrupted"
     again = run(stops=True)
     assert again["ann.png"] > done["ann.png"]  # nothing had been interrupted
-    assert run("--seed", "1")["ann.png"] > again["ann.png"]  # it makes other pictures
+    other = run("--seed", "1", stops=True)
+    assert other["ann.png"] > again["ann.png"]  # it makes other pictures
+    assert run()["ann.png"] > other["ann.png"]  # which are not those
+
+
+def test_what_is_finished_is_known_after_another_picture_has_failed(tiny, photos, tmp_path, capsys):
+    good = (photos / "bob.png").read_bytes()
+    (photos / "bob.png").write_bytes(b"no picture")
+    arguments = ["restore", str(photos), str(tmp_path / "out"), *tiny]
+    for _ in range(2):
+        assert main(arguments) == 1
+        assert "1 of 3 pictures could not be restored (bob.png), for the reasons above; the" in capsys.readouterr().err
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*g")}
+    (photos / "bob.png").write_bytes(good)
+    assert main(arguments) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "bob.png", "eve.jpg"}
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in times.items())
 
 
 def test_a_picture_that_cannot_be_read_does_not_keep_others_from_being_restored(tiny, photos, tmp_path, capsys):
@@ -211,7 +227,7 @@ def test_a_picture_that_cannot_be_read_does_not_keep_others_from_being_restored(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seedvr2: ")]
     assert "bob.png is not a readable image" in said[0]
     assert "1 of 3 pictures could not be restored (bob.png)" in said[1]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "eve.jpg"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "eve.jpg", ".pictures.resume"}
     rows = json.loads(report.read_text())
     assert [Path(row["source"]).name for row in rows["pictures"]] == ["ann.png", "eve.jpg"]
     assert list(rows["failed"]) == ["bob.png"]
@@ -238,18 +254,19 @@ def test_a_file_goes_into_a_folder_under_its_own_name(tiny, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "clip.mp4").write_bytes(b"old")
     (tmp_path / "out" / ".gone.partial.mp4").touch()
-    (tmp_path / "out" / ".gone.mp4.01234567.resume").mkdir()
+    (tmp_path / "out" / ".gone.mp4.resume" / "01234567").mkdir(parents=True)
+    (tmp_path / "out" / ".gone.mp4.resume" / "01234567" / "state").touch()
     for path in (tmp_path / "out").glob(".gone*"):
         os.utime(path, (0, 0))
     for source in (picture(tmp_path / "in.png"), video(tmp_path / "clip.mp4", 2), video(tmp_path / "tape.avi", 2)):
         with caplog.at_level("INFO"):
             assert main(["restore", str(source), str(tmp_path / "out"), *tiny, "--same"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"in.png", "clip.mp4", "tape.mkv", ".gone.partial.mp4", ".gone.mp4.01234567.resume"}
+    assert names == {"in.png", "clip.mp4", "tape.mkv", ".gone.partial.mp4", ".gone.mp4.resume"}
     assert probe(tmp_path / "out" / "clip.mp4").frames == 2
     assert sum(message.endswith("in place of the file that was there") for message in caplog.messages) == 1
     assert ".gone.partial.mp4 seems to be left by a run that was killed" in caplog.text
-    assert ".gone.mp4.01234567.resume holds what an interrupted run has restored; begin it again" in caplog.text
+    assert ".gone.mp4.resume holds what an interrupted run has restored; begin it again" in caplog.text
 
 
 # --- the bar ---------------------------------------------------------------------------------------------------------

@@ -312,10 +312,11 @@ def test_cancelling_stops_at_once_and_leaves_no_file(runnable, folder, stage, na
 def test_a_disk_that_fills_up_while_others_are_restored_leaves_no_file(runnable, folder, monkeypatch, frame):
     written = []
 
-    def write_image(path: Path, *_: object) -> None:
+    def write_image(path: Path, *_: object) -> bytes:
         if len(written) == frame:
             raise OSError(28, "No space left on device")
         written.append(path)
+        return b""
 
     monkeypatch.setattr("seedvr2_core.video.stills.write_image", write_image)
     with pytest.raises(MediaError, match=r"new could not be written \(No space left on device\)"):
@@ -376,11 +377,12 @@ def test_reading_ahead_and_writing_behind_add_no_more_than_they_may(runnable, tm
                 threads.append(threading.current_thread())
                 yield frame
 
-    def write_image(path: Path, *_: object) -> None:
+    def write_image(path: Path, *_: object) -> bytes:
         nonlocal written
         time.sleep(0.005)
         written += 1
         threads.append(threading.current_thread())
+        return b""
 
     (tmp_path / "source").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "source" / "1.png")

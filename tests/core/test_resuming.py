@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +20,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 from seedvr2_core import journal
 from seedvr2_core.errors import Cancelled, MediaError
@@ -30,7 +34,7 @@ from seedvr2_core.video.files import open_reader, open_writer, probe
 from seedvr2_core.video.geometry import Target
 from seedvr2_core.video.keep import HEADER, Keep, PacketLog, packets_of
 from seedvr2_core.video.media import Moment
-from seedvr2_core.whole_files import restore_file
+from seedvr2_core.whole_files import check_file, restore_file
 from tests.core.conftest import RUNNABLE_VAE
 from tests.core.test_pipeline import clip
 from tests.core.test_whole_files import MEDIA, sound
@@ -152,11 +156,19 @@ def interrupted(src: Path, dst: Path, models: Models, settings: Settings, at: in
     with pytest.raises(Cancelled):
         restore_file(src, dst, models, settings, on_frame=stopping(at))
     assert not dst.exists()
-    return sum(len(torch.load(path / "state.pt", weights_only=True)) > 0 for path in left(dst))
+    return kept_of(left(dst)[0])
+
+
+def kept_of(folder: Path) -> int:
+    """How many frames a journal has kept."""
+    data = (folder / "state").read_bytes()[journal.CHECKSUM :]
+    return torch.load(io.BytesIO(data), weights_only=True)["keep"]["frames"]
 
 
 def left(dst: Path) -> list[Path]:
-    return sorted(path for path in dst.parent.iterdir() if path.name.startswith(f".{dst.name}."))
+    """Journals of interrupted runs, and what else they have left."""
+    others = [path for path in dst.parent.iterdir() if path.name.startswith(f".{dst.stem}.partial")]
+    return others + sorted(path for path in dst.parent.glob(f".{dst.name}.resume/*") if path.is_dir())
 
 
 def frames_of(path: Path) -> torch.Tensor:
@@ -199,9 +211,9 @@ def test_a_file_is_completed_by_a_second_run(runnable, transparent, tmp_path, mo
     dst, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
     restore_file(src, whole, models, settings)
     restore_file(src, tmp_path / "pixels", models, settings)
-    assert interrupted(src, dst, models, settings, at=frames - 5) == 1
+    kept = interrupted(src, dst, models, settings, at=frames - 5)
     report = restore_file(src, dst, models, settings)
-    assert 0 < report.resumed <= frames - 4 and report.frames == frames
+    assert 0 < report.resumed == kept <= frames - 4 and report.frames == frames
     assert times_of(dst) == times_of(whole)
     if exactly:
         assert torch.equal(frames_of(dst), frames_of(whole))
@@ -238,7 +250,7 @@ def test_several_interruptions_are_no_worse_than_one(runnable, tmp_path):
     for at in (5, 5, 5):
         with pytest.raises(Cancelled):
             restore_file(src, dst, runnable, SETTINGS, on_frame=stopping(at))
-        kept.append(torch.load(left(dst)[0] / "state.pt", weights_only=True)["keep"]["frames"])
+        kept.append(kept_of(left(dst)[0]))
     assert kept[0] < kept[1] < kept[2]
     assert restore_file(src, dst, runnable, SETTINGS).resumed == kept[2]
     assert torch.equal(frames_of(dst), frames_of(tmp_path / "whole"))
@@ -313,7 +325,7 @@ def test_another_source_or_model_begins_anew(runnable, broken_off, tmp_path):
     assert restore_file(src, dst, runnable, SETTINGS).resumed == 0
 
 
-@pytest.mark.parametrize("damage", ["state", "code", "images", "packets"])
+@pytest.mark.parametrize("damage", ["state", "code", "missing", "empty", "packets"])
 def test_what_is_damaged_is_told_and_begun_anew(runnable, broken_off, tmp_path, caplog, monkeypatch, damage):
     src, dst = broken_off
     if damage == "packets":
@@ -323,11 +335,13 @@ def test_what_is_damaged_is_told_and_begun_anew(runnable, broken_off, tmp_path, 
     (folder,) = left(dst)
     match damage:
         case "state":
-            (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:100])
+            (folder / "state").write_bytes((folder / "state").read_bytes()[:100])
         case "code":
-            torch.save({"keep": Harmful()}, folder / "state.pt")
-        case "images":
+            write_state(folder, {"keep": Harmful()})
+        case "missing":
             sorted((folder / "images").iterdir())[0].unlink()
+        case "empty":  # as when power ends
+            sorted((folder / "images").iterdir())[3].write_bytes(b"")
         case "packets":
             with (folder / "packets").open("r+b") as file:
                 file.seek(HEADER.size + 10)
@@ -337,6 +351,50 @@ def test_what_is_damaged_is_told_and_begun_anew(runnable, broken_off, tmp_path, 
     assert probe(dst).frames == probe(src).frames
 
 
+def write_state(folder: Path, state: object) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    checksum = zlib.crc32(buffer.getvalue()).to_bytes(journal.CHECKSUM, "big")
+    (folder / "state").write_bytes(checksum + buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [
+        ("waypoint", {"frames": 10**12}),
+        ("waypoint", {"frames": "many"}),
+        ("waypoint", {"shot": -1}),
+        ("waypoint", {"shot": 10**6}),
+        ("waypoint", {"length": 2}),
+        ("waypoint", {"color": None}),
+        ("waypoint", {"more": 1}),
+        ("keep", {"frames": 3}),
+        ("keep", {"bytes": -1}),
+        ("keep", {"checksum": "none"}),
+        ("keep", {"folder": "/"}),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_told_and_begun_anew(broken_off, caplog, of, change):
+    (folder,) = left(broken_off[1])
+    state = torch.load(io.BytesIO((folder / "state").read_bytes()[journal.CHECKSUM :]), weights_only=True)
+    write_state(folder, state)
+    assert journal.Journal(folder, torch.device("cpu")).start
+    state[of] |= change
+    write_state(folder, state)
+    book = journal.Journal(folder, torch.device("cpu"))
+    assert book.start is None and book.keep.frames == 0 and "beginning anew" in caplog.text
+
+
+def test_whatever_byte_of_a_state_is_damaged_it_is_begun_anew(broken_off):
+    (folder,) = left(broken_off[1])
+    whole, chance = (folder / "state").read_bytes(), random.Random(0)
+    for _ in range(60):
+        data = bytearray(whole)
+        data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        (folder / "state").write_bytes(data)
+        assert journal.Journal(folder, torch.device("cpu")).start is None
+
+
 class Harmful:
     done: list[str] = []  # noqa: RUF012
 
@@ -344,12 +402,48 @@ class Harmful:
         return Harmful.done.append, ("executed",)
 
 
-def test_two_runs_do_not_write_one_file(runnable, broken_off):
-    src, dst = broken_off
-    (folder,) = left(dst)
-    with FileLock(folder / "lock"), pytest.raises(MediaError, match="out is being written by another process"):
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_two_runs_do_not_write_one_file(transparent, tmp_path, name):
+    """Whatever their settings; and the first does not notice that there was a second."""
+    src, dst, refusals = images(tmp_path / "in"), tmp_path / name, []
+
+    def meanwhile(frame: torch.Tensor) -> None:
+        for settings in (SETTINGS, replace(SETTINGS, seed=1)):
+            for begin, models in ((check_file, ()), (restore_file, (transparent,))):
+                with pytest.raises(MediaError, match="is being written by another process") as caught:
+                    begin(src, dst, *models, settings)
+                refusals.append(caught)
+
+    report = restore_file(src, dst, transparent, SETTINGS, on_frame=meanwhile)
+    assert report.frames == probe(dst).frames == len(frames_of(dst)) == len(refusals) / 4
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "images.mp4", name}
+
+
+def test_a_run_for_another_file_of_nearly_the_same_name_is_left_alone(runnable, broken_off, tmp_path):
+    src, _ = broken_off
+    with pytest.raises(Cancelled):
+        restore_file(src, tmp_path / "out.webm", runnable, SETTINGS, on_frame=stopping(20))
+    (tmp_path / ".out.mp4.resume" / "01234567").mkdir(parents=True)
+    restore_file(src, tmp_path / "out", runnable, SETTINGS)
+    assert left(tmp_path / "out.mp4") and not left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out.mkv", "out"])
+def test_a_disk_that_fills_up_while_a_place_is_written_down_is_one_sentence(runnable, tmp_path, monkeypatch, name):
+    """And what was kept before still is."""
+    src, dst, plain, calls = images(tmp_path / "in", alpha=True), tmp_path / name, os.replace, []
+
+    def full(new: Path, old: Path) -> None:
+        calls.append(new)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(new, old)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(MediaError, match=rf"{name} could not be written \(No space left on device\)"):
         restore_file(src, dst, runnable, SETTINGS)
-    assert restore_file(src, dst, runnable, SETTINGS).resumed > 0
+    monkeypatch.undo()
+    assert restore_file(src, dst, runnable, SETTINGS).resumed == 3
 
 
 def test_a_short_run_leaves_nothing(runnable, tmp_path, monkeypatch):
@@ -384,7 +478,7 @@ def test_a_beginning_is_kept_when_no_frame_of_it_is_missing(tmp_path):
         kept.append(log.kept.frames)
     log.flush()
     assert kept == [1, 1, 1, 4, 4]
-    assert log.kept.is_whole()
+    assert log.kept.is_whole([log.kept.packets])
     read = list(packets_of(log.kept, Fraction(1, 25)))
     assert [(packet.pts, bytes(packet)) for packet in read] == [(n, bytes([n]) * (n + 1)) for n in (0, 3, 1, 2)]
     log.close()
