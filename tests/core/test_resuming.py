@@ -34,6 +34,7 @@ from seedvr2_core.video.files import open_reader, open_writer, probe
 from seedvr2_core.video.geometry import Target
 from seedvr2_core.video.keep import HEADER, Keep, PacketLog, packets_of
 from seedvr2_core.video.media import Moment
+from seedvr2_core.video.shots import AROUND
 from seedvr2_core.whole_files import check_file, restore_file
 from tests.core.conftest import RUNNABLE_VAE
 from tests.core.test_pipeline import clip
@@ -111,6 +112,23 @@ def test_only_what_the_rest_depends_on_is_computed_again(runnable, whole, monkey
     assert counts["decode_slice"] == decoder + 2
     assert counts["encode_slice"] == decoder + 2 + 4 + encoder + 1
     assert counts["forward"] == math.ceil(counts["decode_slice"] / 2)
+
+
+def test_passing_by_what_is_done_can_be_cancelled(runnable, whole):
+    read = []
+
+    def frames():
+        for frame in film():
+            read.append(frame)
+            yield frame
+
+    def stop(*_: object) -> None:
+        raise Cancelled("Stopped.")
+
+    plan = plan_clip(runnable, SETTINGS, (16, 16), len(whole))
+    with pytest.raises(Cancelled):
+        list(restored(frames(), runnable, SETTINGS, (16, 16), len(whole), stop, plan, whole[100][1]))
+    assert len(read) <= 1 + AROUND
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -241,6 +259,26 @@ def test_times_that_vary_stay_exact(sample, transparent, tmp_path, monkeypatch):
     with open_reader(probe(src)) as old, open_reader(probe(tmp_path / "out.mp4")) as new:
         assert [frame.time.start for frame in old] == [frame.time.start for frame in new]
     assert sound(tmp_path / "out.mp4") == sound(src)
+
+
+def test_what_can_be_read_of_a_damaged_source_is_completed_too(transparent, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS["h264"].options, "rc-lookahead", "2")
+    src, dst, settings = tmp_path / "in.mp4", tmp_path / "out.mp4", replace(SETTINGS, target=LARGER)
+    src.write_bytes((MEDIA / "stream.mp4").read_bytes()[:-20000])
+    dst.write_bytes(b"old")
+    with pytest.raises(MediaError, match=r"\d+ of 33 frames were restored and are in .*out\.partial\.mp4"):
+        restore_file(src, dst, transparent, settings)
+    whole = (tmp_path / "out.partial.mp4").rename(tmp_path / "whole.mp4")
+    good = len(times_of(whole))
+    with pytest.raises(Cancelled):
+        restore_file(src, dst, transparent, settings, on_frame=stopping(good - 3))
+    assert kept_of(left(dst)[0]) > 0 and dst.read_bytes() == b"old"
+    with pytest.raises(MediaError, match=rf"; {good} of 33 frames were restored and are in .*out\.partial\.mp4"):
+        restore_file(src, dst, transparent, settings)
+    landed = tmp_path / "out.partial.mp4"
+    assert times_of(landed) == times_of(whole) and sound(landed) == sound(whole) and sound(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.mp4", "out.mp4", "out.partial.mp4", "whole.mp4"}
+    assert dst.read_bytes() == b"old"
 
 
 def test_several_interruptions_are_no_worse_than_one(runnable, tmp_path):
