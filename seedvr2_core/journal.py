@@ -52,12 +52,13 @@ def claimed(destination: Path) -> Iterator[Path]:
     folder = destination.with_name(f".{destination.name}{SUFFIX}")
     with saving(destination):
         folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            message = f"{destination.name} is being written by another process; wait for it, or stop it."
-            raise MediaError(message) from error
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MediaError(f"{destination.name} is being written by another process; wait for it, or stop it.") from error
+    except (OSError, NotImplementedError) as error:  # on some network folders
+        log.debug("%s cannot be locked: %s", folder, error)
     try:
         yield folder
     finally:
