@@ -1,11 +1,11 @@
 """Kernels compile for GPUs that are not there, and use what those GPUs are good at."""
 
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,30 +17,33 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Everything, for both kinds of Ampere and Hopper. In processes of their own, where Triton does not interpret."""
+    """Everything, for a compute capability. In processes of their own, where Triton does not interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    # What runs tests beside this one would compile the same.
+    cache = tmp_path_factory.getbasetemp().parent / "triton"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
 
+    @functools.cache
     def compile_for(capability: int) -> list[dict]:
         command = [sys.executable, "-m", "tests.core.kernels.offline", str(capability)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    with ThreadPoolExecutor(2) as threads:
-        return [entry for entries in threads.map(compile_for, SHARED) for entry in entries]
+    return compile_for
 
 
 def of(compiled, capability, kernel):
-    found = [entry for entry in compiled if (entry["capability"], entry["kernel"]) == (capability, kernel)]
+    found = [entry for entry in compiled(capability) if entry["kernel"] == kernel]
     assert found
     return found
 
 
-@pytest.mark.parametrize("capability", SHARED)
+# The small Ampere gets what the large one does, in smaller tiles.
+@pytest.mark.parametrize("capability", [80, pytest.param(86, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_and_fits_shared_memory(compiled, capability):
-    mine = [entry for entry in compiled if entry["capability"] == capability]
+    mine = compiled(capability)
     expected = {"statistics_kernel", "apply_kernel", "norm_modulate_kernel", "gate_residual_kernel", "pointer_kernel",
                 "key_kernel", "window_kernel", "frame_kernel"}  # fmt: skip
     assert {entry["kernel"] for entry in mine} == expected | ({"descriptor_kernel"} if capability == 90 else set())
