@@ -169,7 +169,7 @@ def run_restore(args: argparse.Namespace) -> None:
     models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
     if separate:
         rows, failed, left = _restore_pictures(args.input, destination, models, settings)
-        row = {"pictures": rows, "failed": failed}
+        row = {"pictures": rows, "failed": failed, "finished_before": left}
     else:
         row, failed, left = dataclasses.asdict(_restore(args.input, destination, models, settings, args.fps)), {}, 0
     if args.json:

@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read_does_not_keep_others_from_being_restored(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"ann.png", "eve.jpg", ".pictures.resume"}
     rows = json.loads(report.read_text())
     assert [Path(row["source"]).name for row in rows["pictures"]] == ["ann.png", "eve.jpg"]
-    assert list(rows["failed"]) == ["bob.png"]
+    assert list(rows["failed"]) == ["bob.png"] and rows["finished_before"] == 0
 
 
 def test_numbered_images_are_frames_unless_told_otherwise(tiny, tmp_path, caplog):
