@@ -24,7 +24,7 @@ from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from seedvr2_core.video.geometry import LATENT_FRAMES, Grid
 
 from . import doctor, loop, losses
-from .buckets import BATCH_TOKENS, batch_size
+from .buckets import BATCH_TOKENS, Deal
 from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .discriminator import Discriminator
@@ -32,7 +32,7 @@ from .guards import GuardConfig
 from .journal import timed
 from .pretrain import NANO_DIT, cost, load_run, noised_condition
 from .previews import Preview
-from .randomness import key, rng, torch_rng
+from .randomness import key, torch_rng
 from .restorer import Restorer, for_training
 from .shards import LatentBatch, Latents
 from .text import Chosen, TextConfig, Texts, refuse_bad_targets
@@ -143,20 +143,16 @@ RECIPES = {
 }
 
 
-def pairs_of(config: PostTraining, latent: Grid) -> int:
-    """Pairs of a micro-batch, of latents of this size."""
-    return config.batch if config.batch_tokens is None else batch_size(latent, config.batch_tokens)
+def deal_of(config: PostTraining, half: Half = "g", phase: Phase | None = None) -> Deal:
+    """How half a step gets its pairs; each half goes through them in an order of its own."""
+    return Deal(samples=config.batch, tokens=config.batch_tokens, micros=config.run.micro_batches, phase=phase,
+                order=f"apt/{half}")  # fmt: skip
 
 
 def draw_pairs(latents: Latents, config: PostTraining, half: Half, step: int, micro: int) -> LatentBatch:
     """Pairs for half a step, all of one shape in all its micro-batches, of a length of the step's phase."""
     phase = phase_at(step, config.run.steps, config.curriculum)
-    fit = {number: found for number, shape in enumerate(latents.shapes) if (found := phase.lengths(shape))}
-    draw = rng(latents.seed, f"apt/{half}/kind", step)
-    number = list(fit)[draw.integers(len(fit))]
-    t = fit[number][draw.integers(len(fit[number]))]
-    size = pairs_of(config, latents.shapes[number]._replace(t=t))
-    return latents.of_shape(number, size, f"apt/{half}", step, micro).cut(t)
+    return latents.batch(step, deal_of(config, half, phase), micro)
 
 
 @dataclass(frozen=True)
@@ -366,7 +362,7 @@ def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workloa
     sample = sample or Grid(*(doctor.DEFAULT_SAMPLE if config.batch_tokens is None else doctor.LARGEST_SAMPLE))
     generator = doctor.on_meta(lambda: Restorer(config.model))
     discriminator = doctor.on_meta(lambda: Discriminator(config.model))
-    x = torch.empty(pairs_of(config, sample), 16, *sample, device="meta")
+    x = torch.empty(deal_of(config).size(sample), 16, *sample, device="meta")
     return adversarial_workload(config, generator, discriminator, x, generator.prompt.detach())
 
 

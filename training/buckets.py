@@ -1,9 +1,10 @@
 """Which samples make the batch of a step: a pure function of the step, so a run is resumed by its number alone.
 
-Samples of one shape form a bucket, and a batch comes from one bucket. A batch has a budget of tokens, not a number of
-samples, so that every step costs about the same. In each epoch every sample of a bucket comes up once, in an order that
-a Philox key (seed, epoch, bucket) decides; a second permutation interleaves the buckets. All batches of a bucket are of
-one size: the last of an epoch is filled up with samples that the epoch has had already.
+Samples of one shape form a bucket, and a batch comes from one bucket. It may have a budget of tokens instead of a
+number of samples, so that every step costs about the same. In each epoch every sample of a bucket comes up once, in an
+order that a Philox key (seed, epoch, bucket) decides; a second permutation interleaves the buckets. Where clips are cut
+to several lengths, the batches of a bucket take these in turn, and a sample has one of them in an epoch. Batches are
+always whole: the last of an epoch are filled up with samples that the epoch has had already.
 
 Nothing depends on ranks or workers: a rank takes its share of the positions of the global batch.
 """
@@ -21,22 +22,20 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import CLIP_MULTIPLE, Grid
 from seedvr2_core.video.geometry import PATCH as TOKEN_SIDE
 
+from .curriculum import Phase
 from .randomness import rng
 
 # Height over width of the shapes that a phase of training uses: 13, spaced evenly in their logarithm.
 ASPECTS, ASPECT_RANGE = 13, (0.42, 2.4)
 # About 97 frames of 720p, what the paper calls a batch of 100 frames.
 BATCH_TOKENS = 90_000
+# The ids of each bucket.
+Members = Mapping[Grid, np.ndarray]
 
 
 def tokens(bucket: Grid) -> int:
     """Tokens of the transformer for one sample of latent size t h w."""
     return bucket.t * -(-bucket.h // TOKEN_SIDE) * -(-bucket.w // TOKEN_SIDE)
-
-
-def batch_size(bucket: Grid, budget: int = BATCH_TOKENS, parts: int = 1) -> int:
-    """Samples of a batch of so many equal parts, each of as many as its budget of tokens holds, at least one."""
-    return max(1, budget // tokens(bucket)) * parts
 
 
 def aspect_sizes(area: int, count: int = ASPECTS) -> list[tuple[int, int]]:
@@ -58,11 +57,32 @@ def _side(length: float) -> int:
     return max(1, round(length / CLIP_MULTIPLE)) * CLIP_MULTIPLE
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deal:
+    """How a stage deals samples to its steps."""
+
+    samples: int = 1  # of a micro-batch
+    tokens: int | None = None  # instead, a micro-batch has as many samples as this holds, at least one
+    micros: int = 1  # micro-batches of a step, whoever computes them; all are of one shape
+    image_share: float | None = None  # of the steps of pictures; None: the kinds of sample take turns
+    phase: Phase | None = None  # of the curriculum, whose samples are taken, in its lengths; None: all as they are
+    order: str = "order"  # a name: under each, samples come in another order
+
+    def size(self, shape: Grid) -> int:
+        """Samples of a micro-batch, of latent size t h w each."""
+        return self.samples if self.tokens is None else max(1, self.tokens // tokens(shape))
+
+    def cuts(self, bucket: Grid) -> dict[int, int]:
+        """How many samples of a bucket make a batch, by the length t that they are cut to; {}: they have no part."""
+        lengths = (bucket.t,) if self.phase is None else self.phase.lengths(bucket)
+        return {t: self.size(bucket._replace(t=t)) * self.micros for t in lengths}
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one step, on all ranks together."""
 
-    bucket: Grid
+    shape: Grid  # that they are cut to
     ids: np.ndarray  # int64, positions in the index of samples; the position in this array is the sample's slot
 
     def slots(self, rank: int, world: int) -> range:
@@ -73,50 +93,55 @@ class Batch:
 class BatchPlan:
     """`plan(step)` is the batch of that step. Seeking costs nothing; an epoch costs one permutation when it begins."""
 
-    def __init__(
-        self,
-        members: Mapping[Grid, np.ndarray],
-        sizes: Mapping[Grid, int],
-        seed: int,
-        image_share: float | None = None,
-    ):
+    def __init__(self, kinds: Sequence[Members], deal: Deal, seed: int):
         """
         Args:
-            members: the ids of each bucket.
-            sizes: samples in a batch of each bucket.
+            kinds: of every kind of sample, the ids of each bucket. Kinds that take turns have epochs of their own; so
+                have pictures and clips that have shares.
+            deal: which samples make a batch.
             seed: of the run.
-            image_share: share of the steps whose samples have one latent frame; images and clips then have epochs of
-                their own. None: as many as there are, in one order with the clips.
 
         Raises:
             SettingError: there are no samples, or none of a kind that has a share.
         """
-        if not members or any(not len(ids) for ids in members.values()):
-            raise SettingError("A batch plan needs buckets with samples in them, and got an empty one.")
-        images = {bucket: ids for bucket, ids in members.items() if bucket.t == 1}
-        clips = {bucket: ids for bucket, ids in members.items() if bucket.t > 1}
-        if image_share is None or image_share in (0, 1):
-            chosen = members if image_share is None else images if image_share else clips
-            parts = {"all": chosen}
-        else:
-            parts = {"images": images, "clips": clips}
-        if not all(parts.values()):
-            raise SettingError(f"image_share is {image_share}, but there are {len(images)} buckets of images and "
-                               f"{len(clips)} of clips; precompute the other kind, or give it no share.")
-        self.image_share = image_share if len(parts) > 1 else None
-        self.streams = [_Stream(name, part, sizes, seed) for name, part in parts.items()]
+        taken = [{bucket: ids for bucket, ids in kind.items() if len(ids) and deal.cuts(bucket)} for kind in kinds]
+        parts = _parts([kind for kind in taken if kind], deal.image_share)
+        self.streams = [_Stream(f"{deal.order}/{name}", part, deal, seed) for name, (_, part) in parts.items()]
+        shares = [share for share, _ in parts.values()]
+        # Of the steps that the streams before it leave over; the last one gets what is left.
+        self.shares = [share / sum(shares[i:]) for i, share in enumerate(shares[:-1])]
 
     def __call__(self, step: int) -> Batch:
-        if self.image_share is None:
-            return self.streams[0].batch(step)
-        # Images come up evenly: as often among the first n steps as their share says, to within one.
-        before, after = (_share_of(self.image_share, count) for count in (step, step + 1))
-        return self.streams[0].batch(before) if after > before else self.streams[1].batch(step - before)
+        # Every stream comes up evenly: as often among the first n steps as its share says, to within one.
+        for stream, share in zip(self.streams[:-1], self.shares, strict=True):
+            before, after = (_share_of(share, count) for count in (step, step + 1))
+            if after > before:
+                return stream.batch(before)
+            step -= before
+        return self.streams[-1].batch(step)
 
     @property
     def steps_in_epoch(self) -> int:
-        """Batches until every id has come up; with a share for images, of the kind that has more."""
+        """Batches until every id has come up, of the part that has most."""
         return max(stream.batches for stream in self.streams)
+
+
+def _parts(kinds: Sequence[Members], image_share: float | None) -> dict[str, tuple[float, Members]]:
+    """What has epochs of its own, by name, each with its share of the steps."""
+    if not kinds:
+        raise SettingError("A batch plan needs buckets with samples in them, and got an empty one.")
+    if image_share is None:
+        return {str(number): (1 / len(kinds), kind) for number, kind in enumerate(kinds)}
+    buckets = sorted({bucket for kind in kinds for bucket in kind})
+    everything = {bucket: np.concatenate([kind[bucket] for kind in kinds if bucket in kind]) for bucket in buckets}
+    images = {bucket: ids for bucket, ids in everything.items() if bucket.t == 1}
+    clips = {bucket: ids for bucket, ids in everything.items() if bucket.t > 1}
+    parts = {"images": (image_share, images), "clips": (1 - image_share, clips)}
+    wanted = {name: (share, part) for name, (share, part) in parts.items() if share}
+    if not all(part for _, part in wanted.values()):
+        raise SettingError(f"image_share is {image_share}, but there are {len(images)} buckets of images and "
+                           f"{len(clips)} of clips; precompute the other kind, or give it no share.")
+    return wanted
 
 
 def _share_of(share: float, steps: int) -> int:
@@ -127,12 +152,14 @@ def _share_of(share: float, steps: int) -> int:
 class _Stream:
     """Endless batches over some buckets, epoch after epoch."""
 
-    def __init__(self, name: str, members: Mapping[Grid, np.ndarray], sizes: Mapping[Grid, int], seed: int):
+    def __init__(self, name: str, members: Members, deal: Deal, seed: int):
         self.name, self.seed = name, seed
         self.buckets = sorted(members)
         self.members = [np.asarray(members[bucket], dtype=np.int64) for bucket in self.buckets]
-        self.sizes = [sizes[bucket] for bucket in self.buckets]
-        counts = [-(-len(ids) // size) for ids, size in zip(self.members, self.sizes, strict=True)]
+        # Of each bucket its lengths, and the samples in a batch of that length.
+        self.cuts = [list(deal.cuts(bucket).items()) for bucket in self.buckets]
+        counts = [_batches(len(ids), [size for _, size in cuts])
+                  for ids, cuts in zip(self.members, self.cuts, strict=True)]  # fmt: skip
         # Of every batch of an epoch, before they are interleaved: its bucket, and its place among those of its bucket.
         self.bucket_of = np.repeat(np.arange(len(counts)), counts)
         self.place_of = np.concatenate([np.arange(count) for count in counts])
@@ -142,18 +169,30 @@ class _Stream:
     def batch(self, index: int) -> Batch:
         epoch, position = divmod(index, self.batches)
         if epoch != self.epoch:
-            self.order = rng(self.seed, f"order/{self.name}", epoch).permutation(self.batches)
+            self.order = rng(self.seed, self.name, epoch).permutation(self.batches)
             # Nothing but a memory of what (seed, epoch) says anyway.
             self.epoch, self.permutations = epoch, {}
         chosen = self.order[position]
         which, place = int(self.bucket_of[chosen]), int(self.place_of[chosen])
+        bucket, cuts = self.buckets[which], self.cuts[which]
         if which not in self.permutations:
-            t, h, w = self.buckets[which]
-            self.permutations[which] = rng(self.seed, f"order/{t}x{h}x{w}", epoch).permutation(self.members[which])
-        slots = np.arange(place * self.sizes[which], (place + 1) * self.sizes[which])
-        return Batch(self.buckets[which], self.permutations[which].take(slots, mode="wrap"))
+            draw = rng(self.seed, f"{self.name}/{bucket.t}x{bucket.h}x{bucket.w}", epoch)
+            self.permutations[which] = draw.permutation(self.members[which])
+        # A round has a batch of every length. Epochs begin it at different ones: a small bucket may not fill a round.
+        rounds, turn = divmod(place, len(cuts))
+        cuts = [cuts[(number + epoch) % len(cuts)] for number in range(len(cuts))]
+        t, size = cuts[turn]
+        first = rounds * sum(size for _, size in cuts) + sum(size for _, size in cuts[:turn])
+        ids = self.permutations[which].take(np.arange(first, first + size), mode="wrap")
+        return Batch(bucket._replace(t=t), ids)
 
 
-def members_of(buckets: Sequence[Grid], column: np.ndarray) -> dict[Grid, np.ndarray]:
-    """The ids of each bucket, from the column that holds the bucket's number for every id."""
-    return {bucket: ids for i, bucket in enumerate(buckets) if len(ids := np.flatnonzero(column == i))}
+def _batches(samples: int, sizes: Sequence[int]) -> int:
+    """Batches of sizes that take turns until all samples have come up, whichever is the first."""
+    rounds, rest = divmod(samples, sum(sizes))
+    return rounds * len(sizes) + int(np.searchsorted(np.cumsum([0, *sorted(sizes)]), rest))
+
+
+def members_of(buckets: Sequence[Grid], column: np.ndarray, ids: np.ndarray) -> dict[Grid, np.ndarray]:
+    """Those of `ids` that each bucket has, from the column that holds the bucket's number for every id."""
+    return {bucket: own for i, bucket in enumerate(buckets) if len(own := ids[column[ids] == i])}

@@ -59,10 +59,10 @@ class Distillation:
         None, "share by which the loss falls in 1000 steps, or the halving ends; none: never", least=0, most=1
     )
     batch_tokens: int | None = setting(
-        None, "of a micro-batch, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+        None, "of a micro-batch; none: `batch` samples", source="S2", least=1, frozen=True
     )
     image_share: float | None = setting(
-        None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
+        None, "share of the steps of pictures; none: the kinds of latents take turns", least=0, most=1
     )
     batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
     # What the teacher was trained with. Its negative prompt, if it has one, is what guidance leads away from.

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from seedvr2_core.diffusion.conditioning import frame_noise
 from seedvr2_core.diffusion.sampler import sample
 from seedvr2_core.models.windows import WindowConfig
-from seedvr2_core.video.geometry import Grid
 
 from .apt import AdversarialStage, LossConfig, PostTraining
 from .config import OptimConfig, RunConfig
@@ -33,9 +32,9 @@ from .metrics import gmsd, lsd, psnr, swd
 from .pretrain import NANO_DIT, Pretraining, PretrainStage
 from .previews import Preview
 from .procedural import still
-from .randomness import rng, torch_rng
+from .randomness import torch_rng
 from .restorer import Restorer
-from .shards import HELD_OUT, LatentBatch
+from .shards import InMemory, Latents
 
 # With the transformer's own 2 x 2 patches, 4 x 4 pixels a token: 48 numbers, which a width of 112 can carry.
 UNSHUFFLE = 2
@@ -123,8 +122,8 @@ def _frame_shape(latent: Tensor) -> tuple[int, int, int, int]:
     return t, c, h, w
 
 
-class PicoLatents:
-    """Drawn pairs, which a stage takes as it takes `shards.Latents`, and the exam."""
+class PicoLatents(Latents):
+    """Drawn pairs, and the exam."""
 
     def __init__(self, folder: Path, seed: int, pictures: int = STILLS, held_out: int = STILLS_HELD_OUT):
         """Pictures are drawn once and kept in `folder`; they are the same for every seed, which orders them."""
@@ -139,20 +138,9 @@ class PicoLatents:
             save_file(frames, partial)
             partial.replace(file)
         frames = load_file(file)
-        self.seed = seed
-        self.hq, self.lq = to_latent(frames["train"]), to_latent(degrade(frames["train"], seed=0))
-        self.shapes = [Grid(*self.hq.shape[2:])]
+        clean, degraded = to_latent(frames["train"]), to_latent(degrade(frames["train"], seed=0))
+        super().__init__(InMemory([{"hq": clean, "lq": degraded}], scale=1.0), seed)
         self.exam = Exam(frames["exam"], degrade(frames["exam"], seed=1))
-
-    def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
-        """Clean and degraded latents b 12 1 h w of one micro-batch."""
-        index = rng(self.seed, "order", step, micro).integers(0, len(self.hq), size)
-        return self.hq[index], self.lq[index]
-
-    def of_shape(self, number: int, size: int, purpose: str, step: int, micro: int = 0) -> LatentBatch:
-        """See `shards.Latents.of_shape`; there is one shape."""
-        index = rng(self.seed, f"{purpose}/order", step, micro).integers(HELD_OUT, len(self.hq), size)
-        return LatentBatch(self.hq[index], self.lq[index], [None] * size, index, self.shapes[number])
 
 
 def mean_marks(marks: Mapping[str, list[float]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from seedvr2_core.models.windows import WindowConfig
 from seedvr2_core.video.geometry import PATCH
 
 from . import doctor, loop
+from .buckets import Deal
 from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .guards import GuardConfig
@@ -69,7 +70,7 @@ class Batches(Protocol):
 class Growth(Phase):
     """A phase that says as well how many of its steps have pictures."""
 
-    image_share: float | None = setting(None, "share of the steps of pictures; none: as many as there are", least=0,
+    image_share: float | None = setting(None, "share of the steps of pictures; none: the kinds take turns", least=0,
                                         most=1)  # fmt: skip
 
 
@@ -84,10 +85,10 @@ class Pretraining:
     init: str | None = setting(None, "run, checkpoint or published name to start from; none: random weights")
     # A data set of many shapes is better dealt by tokens, so that every step costs the same.
     batch_tokens: int | None = setting(
-        None, "of a micro-batch, by plan; none: `batch` samples", source="S2", least=1, frozen=True
+        None, "of a micro-batch; none: `batch` samples", source="S2", least=1, frozen=True
     )
     image_share: float | None = setting(
-        None, "share of the steps of pictures, where batch_tokens is set", least=0, most=1
+        None, "share of the steps of pictures; none: the kinds of latents take turns", least=0, most=1
     )
     curriculum: tuple[Growth, ...] = setting((), "how samples grow; none: all latents at any time", source="S1")
     batch: int = setting(8, "samples of a micro-batch", least=1, frozen=True)
@@ -201,23 +202,17 @@ class PretrainStage:
 def draw_batch(
     config: Batches, latents: Latents, step: int, micro: int, at: int = 0, phase: Growth | None = None
 ) -> tuple[Tensor, Tensor, Captions | None]:
-    """Clean and degraded latents b c t h w of a micro-batch: so many samples, or by plan, so many tokens; and the
-    captions of its samples where the run uses them.
+    """Clean and degraded latents b c t h w of a micro-batch, and the captions of its samples where the run uses them.
 
     Args:
-        at: the step of the plan or order where the run begins.
+        at: the step of the plan where the run begins.
         phase: of the curriculum, where there is one.
     """
-    captioned = config.text.mode == "caption"
-    if config.batch_tokens is not None:
-        share = config.image_share if phase is None else phase.image_share
-        found = latents.planned(at + step, config.batch_tokens, micro=micro, micros=config.run.micro_batches,
-                                image_share=share, phase=phase)  # fmt: skip
-    elif captioned:
-        found = latents.captioned(at + step, config.batch, micro)
-    else:
-        return *latents.batch(at + step, config.batch, micro), None
-    return found.hq, found.lq, found.texts if captioned else None
+    share = config.image_share if phase is None else phase.image_share
+    deal = Deal(samples=config.batch, tokens=config.batch_tokens, micros=config.run.micro_batches, image_share=share,
+                phase=phase)  # fmt: skip
+    found = latents.batch(at + step, deal, micro)
+    return found.hq, found.lq, found.texts if config.text.mode == "caption" else None
 
 
 def cost(latent: Tensor) -> dict[str, int]:

@@ -21,10 +21,10 @@ import math
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from torch import Tensor
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
 
-from .buckets import BATCH_TOKENS, BatchPlan, batch_size, members_of
-from .curriculum import Phase
+from .buckets import BatchPlan, Deal, members_of
 from .data import UNREADABLE_SHARE
 from .randomness import rng
 
@@ -324,106 +323,72 @@ class ShardReader:
             self._files.popitem()[1].close()
 
 
+class Store(Protocol):
+    """Where `Latents` finds pairs, by their number."""
+
+    scale: float  # of the autoencoder, by which latents are multiplied
+    variants: int  # degraded versions of each sample
+    buckets: Sequence[Grid]  # the latent sizes that there are
+    bucket_of: np.ndarray  # of each sample, the number of its latent size
+    kind_of: np.ndarray  # of each sample, a number for what it was made as
+    text_width: int | None  # channels of texts; None: no sample has one
+    autoencoder: str | None  # what made the latents, as for `weights.open_vae`; None: nobody knows
+    unreadable: Mapping[int, str]  # samples that had to be replaced so far, and why
+
+    def read(self, number: int, variant: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Clean and degraded latent c t h w, not scaled, the text l c, and the number that the sample really has."""
+
+
 class Latents:
-    """Precomputed pairs as training takes them, times the scale of their autoencoder.
+    """Pairs as training takes them, times the scale of their autoencoder: every one once an epoch, one shape a batch.
 
-    `batch` takes the kinds of sample in turn and draws with replacement. `planned` follows a plan: every sample once an
-    epoch, one shape a batch, as many samples as a budget of tokens allows. Both depend on (seed, step) alone.
+    What is in a batch is a function of (seed, step) alone. Some samples of each kind are held out, and in no batch.
 
-    Also reads a folder of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}.
+    Args:
+        source: a folder of shards; of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}; or
+            what else has pairs.
+        seed: of the run.
+        device: for the batches.
 
     Raises:
-        CheckpointError: the directory holds no latents.
+        CheckpointError: the folder holds no latents.
     """
 
-    def __init__(self, directory: Path, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, source: Path | Store, seed: int, device: torch.device | str = "cpu"):
         self.seed, self.device = seed, torch.device(device)
-        plain = sorted(directory.glob("*.safetensors"))
-        self.store: _Store = _PlainFiles(plain) if plain else _Shards(ShardReader(directory))
+        self.store = _open(source) if isinstance(source, Path) else source
         self.scale = self.store.scale
-        kinds = np.asarray(self.store.kind_of)
+        kinds, shapes = np.asarray(self.store.kind_of), self.store.bucket_of
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
-        self._plan: tuple[tuple, BatchPlan] | None = None
-        shapes = np.asarray(self.store.bucket_of)
-        taught = [kind[HELD_OUT:] for kind in self._kinds]
-        # Samples of one kind and shape.
-        self._groups = [kind[shapes[kind] == shape] for kind in taught for shape in np.unique(shapes[kind])]
-        # Latent sizes of the groups that `of_shape` draws from.
-        self.shapes = [self.store.buckets[shapes[group[0]]] for group in self._groups]
+        self._members = [members_of(self.store.buckets, shapes, kind[HELD_OUT:]) for kind in self._kinds]
+        self._plans: dict[str, tuple[Deal, BatchPlan]] = {}
 
-    def batch(self, step: int, size: int, micro: int = 0) -> tuple[Tensor, Tensor]:
-        """Clean and degraded latents b c t h w of one micro-batch, of one shape."""
-        found = self.captioned(step, size, micro)
-        return found.hq, found.lq
+    @property
+    def shapes(self) -> list[Grid]:
+        """Latent sizes that there is something to learn from."""
+        return sorted({bucket for kind in self._members for bucket in kind})
 
-    def captioned(self, step: int, size: int, micro: int = 0) -> LatentBatch:
-        """The same batch with the texts of its samples."""
-        return self._drawn(self._kinds[step % len(self._kinds)][HELD_OUT:], "order", step, size, micro)
+    def batch(self, step: int, deal: Deal, micro: int = 0) -> LatentBatch:
+        """A micro-batch of the batch of a step, by the plan of `plan` with the same deal.
 
-    def _drawn(self, ids: np.ndarray, purpose: str, step: int, size: int, micro: int) -> LatentBatch:
-        """Random ones of `ids`, with replacement, all of the shape of the first."""
-        draw = rng(self.seed, purpose, step, micro)
-        chosen = ids[draw.integers(0, len(ids), size)]
-        shapes = self.store.bucket_of
-        if (shapes[chosen] != shapes[chosen[0]]).any():
-            same = ids[shapes[ids] == shapes[chosen[0]]]
-            chosen = same[draw.integers(0, len(same), size)]
-        return self._gather(chosen, step, micro * size)
-
-    def of_shape(self, number: int, size: int, purpose: str, step: int, micro: int = 0) -> LatentBatch:
-        """Random samples of the group with this number in `shapes`, with replacement; every purpose draws others."""
-        group = self._groups[number]
-        drawn = rng(self.seed, f"{purpose}/order", step, micro).integers(len(group), size=size)
-        return self._gather(group[drawn], step, micro * size)
-
-    def planned(
-        self,
-        step: int,
-        budget: int = BATCH_TOKENS,
-        *,
-        micro: int = 0,
-        micros: int = 1,
-        image_share: float | None = None,
-        phase: Phase | None = None,
-    ) -> LatentBatch:
-        """A micro-batch of the batch of a step, by the plan of `plan` with the same arguments.
-
-        The batch is dealt to `micros` micro-batches in equal parts, whoever computes them.
+        Every batch is dealt to the micro-batches in equal parts, whoever computes them. Numbers beyond those of the
+        step are for further turns of a module, which come in an order of their own.
         """
-        batch = self.plan(budget, micros, image_share, phase)(step)
-        slots = batch.slots(micro, micros)
-        found = self._gather(batch.ids[slots.start : slots.stop], step, slots.start)
-        return found if phase is None else found.cut(max(phase.lengths(batch.bucket)))
+        turn, micro = divmod(micro, deal.micros)
+        found = self.plan(replace(deal, order=f"{deal.order}/{turn}") if turn else deal)(step)
+        slots = found.slots(micro, deal.micros)
+        return self._gather(found.ids[slots.start : slots.stop], step, slots.start).cut(found.shape.t)
 
-    def plan(
-        self,
-        budget: int = BATCH_TOKENS,
-        micros: int = 1,
-        image_share: float | None = None,
-        phase: Phase | None = None,
-    ) -> BatchPlan:
-        """The plan of all batches; see `BatchPlan`.
+    def plan(self, deal: Deal) -> BatchPlan:
+        """The plan of all batches.
 
-        Held-out samples are in none.
-
-        Args:
-            budget: tokens in a micro-batch.
-            micros: micro-batches in a batch.
-            image_share: share of the batches that have pictures.
-            phase: of the curriculum, whose samples alone are taken, as long as it allows at most; None: all.
+        Raises:
+            SettingError: no sample has a part in it.
         """
-        wanted = (budget, micros, image_share, phase)
-        if self._plan is None or self._plan[0] != wanted:
-            free = np.ones(len(self.store.bucket_of), bool)
-            free[np.concatenate([kind[:HELD_OUT] for kind in self._kinds])] = False
-            column = np.where(free, self.store.bucket_of, -1)
-            members = members_of(self.store.buckets, column)
-            if phase is not None:
-                members = {bucket: ids for bucket, ids in members.items() if phase.lengths(bucket)}
-            longest = {bucket: max(phase.lengths(bucket)) if phase else bucket.t for bucket in members}
-            sizes = {bucket: batch_size(bucket._replace(t=t), budget, micros) for bucket, t in longest.items()}
-            self._plan = wanted, BatchPlan(members, sizes, self.seed, image_share)
-        return self._plan[1]
+        known = self._plans.get(deal.order)
+        if known is None or known[0] != deal:
+            known = self._plans[deal.order] = deal, BatchPlan(self._members, deal, self.seed)
+        return known[1]
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
         """Clean and degraded latents that no batch holds, of every kind and shape."""
@@ -462,35 +427,42 @@ class Latents:
         return LatentBatch(*stacked, list(texts), np.asarray(really), bucket)
 
 
+def _open(directory: Path) -> Store:
+    plain = sorted(directory.glob("*.safetensors"))
+    return InMemory(list(map(load_file, plain))) if plain else _Shards(ShardReader(directory))
+
+
 class _Shards:
-    """A `ShardReader` with what `Latents` asks for."""
+    """A `ShardReader` as a `Store`."""
 
     def __init__(self, reader: ShardReader):
-        self.read: Callable[[int, int], tuple] = reader.read
+        self.read = reader.read
         self.scale, self.variants, self.buckets = reader.scale, reader.variants, reader.buckets
         self.text_width, self.autoencoder = reader.text_width, reader.settings.get("vae")
         self.bucket_of, self.kind_of = np.asarray(reader.columns["bucket"]), reader.columns["kind"]
         self.unreadable = reader.unreadable
 
 
-class _PlainFiles:
-    """All pairs in memory, from plain files."""
+class InMemory:
+    """A `Store` of tensors."""
 
-    def __init__(self, paths: Iterable[Path]):
-        self.kinds = [load_file(path) for path in paths]
-        counts = [len(kind["hq"]) for kind in self.kinds]
+    def __init__(self, kinds: Sequence[Mapping[str, Tensor]], scale: float | None = None):
+        """
+        Args:
+            kinds: {"hq": n c t h w, "lq": the same} of every kind of sample.
+            scale: of their autoencoder; None: what makes their variance 1.
+        """
+        self.kinds = kinds
+        counts = [len(kind["hq"]) for kind in kinds]
         self.variants, self.unreadable, self.text_width, self.autoencoder = 1, {}, None, None
-        self.buckets = sorted({Grid(*kind["hq"].shape[2:]) for kind in self.kinds})
+        self.buckets = sorted({Grid(*kind["hq"].shape[2:]) for kind in kinds})
         self.kind_of = np.repeat(np.arange(len(counts)), counts)
-        of_kind = np.array([self.buckets.index(Grid(*kind["hq"].shape[2:])) for kind in self.kinds])
+        of_kind = np.array([self.buckets.index(Grid(*kind["hq"].shape[2:])) for kind in kinds])
         self.bucket_of = of_kind[self.kind_of]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
-        self.scale = 1 / torch.cat([kind["hq"].flatten() for kind in self.kinds]).std().item()
+        self.scale = scale or 1 / torch.cat([kind["hq"].flatten() for kind in kinds]).std().item()
 
     def read(self, number: int, variant: int = 0) -> tuple[Tensor, Tensor, None, int]:
         kind = self.kinds[self.kind_of[number]]
         place = number - self.starts[self.kind_of[number]]
         return kind["hq"][place], kind["lq"][place], None, number
-
-
-_Store = _Shards | _PlainFiles

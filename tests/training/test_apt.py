@@ -18,25 +18,27 @@ from training.apt import AdversarialStage, DiscConfig, LossConfig, PostTraining
 from training.config import OptimConfig, RunConfig, check, override
 from training.curriculum import Phase
 from training.guards import GuardConfig, Guards
-from training.randomness import rng, torch_rng
+from training.randomness import torch_rng
 from training.restorer import Restorer
-from training.shards import LatentBatch
+from training.shards import HELD_OUT, InMemory, Latents
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-3, betas=(0.0, 0.99), warmup=0)
 
 
-class Noise:
+IMAGE, CLIP = Grid(1, 4, 4), Grid(2, 4, 4)
+
+
+class Noise(Latents):
     """Latents of noise and of noisier noise: images, and clips of 5 frames."""
 
-    def __init__(self, dtype=torch.float32):
-        self.seed, self.shapes = 0, [Grid(1, 4, 4), Grid(2, 4, 4)]
-        self.real = [torch.randn(40, 16, *shape, generator=torch_rng(0, "noise", shape.t), dtype=dtype)
-                     for shape in self.shapes]  # fmt: skip
+    def __init__(self, dtype=torch.float32, shapes=(IMAGE, CLIP)):
+        real = [torch.randn(HELD_OUT + 24, 16, *shape, generator=torch_rng(0, "noise", shape.t)) for shape in shapes]
+        super().__init__(InMemory([{"hq": hq, "lq": hq + 0.5 * hq.flip(0)} for hq in real], scale=1.0), seed=0)
+        self.dtype = dtype
 
-    def of_shape(self, number, size, purpose, step, micro):
-        real, index = self.real[number], rng(0, purpose, step, micro).integers(40, size=size)
-        lq = real + 0.5 * real.flip(0)
-        return LatentBatch(real[index], lq[index], [None] * size, index, self.shapes[number])
+    def batch(self, *args):
+        found = super().batch(*args)
+        return replace(found, hq=found.hq.to(self.dtype), lq=found.lq.to(self.dtype))
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ def test_a_generator_without_any_loss_is_refused():
 
 
 def test_the_lengths_of_a_step_are_those_of_its_phase(config):
-    stage = make(config)
+    stage = make(replace(config, run=RunConfig(steps=10, micro_batches=2)))
     assert {stage.draw("d", step, 0).real.shape[2] for step in range(5)} == {1}
     assert {stage.draw("d", step, 0).real.shape[2] for step in range(5, 30)} == {1, 2}
     assert stage.draw("g", 7, 0).real.shape[2] == stage.draw("g", 7, 1).real.shape[2]
@@ -246,16 +248,34 @@ def test_a_phase_without_latents_is_refused_before_the_first_step(config):
 
 
 def test_clips_are_cut_to_the_lengths_of_a_phase_and_more_of_them_fit(config):
-    class Longer(Noise):
-        def __init__(self):
-            super().__init__()
-            self.shapes = [Grid(1, 4, 4), Grid(5, 4, 4)]
-            self.real[1] = torch.randn(40, 16, *self.shapes[1])
-
     config = replace(config, curriculum=(Phase(share=1.0, frames=(5, 17)),), batch_tokens=40)
-    drawn = [apt.draw_pairs(Longer(), config, "g", step, 0) for step in range(20)]
+    latents = Noise(shapes=(IMAGE, Grid(5, 4, 4)))
+    drawn = [apt.draw_pairs(latents, config, "g", step, 0) for step in range(20)]
     assert {tuple(pairs.hq.shape) for pairs in drawn} == {(5, 16, 2, 4, 4), (2, 16, 5, 4, 4)}
     assert all(pairs.hq.shape == pairs.lq.shape and pairs.bucket == pairs.hq.shape[2:] for pairs in drawn)
+
+
+@pytest.mark.parametrize("batch_tokens, steps, image_epochs", [
+    # 24 pictures and 24 clips: either are four batches of 2 x 3, those of clips long and short in turn.
+    (None, 8, 1),
+    # Two batches of 2 x 6 pictures, six of 2 x 3 short and 2 x 1 long clips.
+    (24, 12, 3),
+], ids=["so many pairs", "so many tokens"])  # fmt: skip
+def test_10_each_half_sees_every_pair_once_an_epoch_at_one_of_the_lengths(config, batch_tokens, steps, image_epochs):
+    latents = Noise(shapes=(IMAGE, Grid(5, 4, 4)))
+    config = replace(config, run=RunConfig(steps=100, micro_batches=2), batch=3, batch_tokens=batch_tokens,
+                     curriculum=(Phase(share=1.0, frames=(1, 5, 17)),))  # fmt: skip
+    orders = []
+    for half in ("d", "g"):
+        drawn = [apt.draw_pairs(latents, config, half, step, micro) for step in range(steps) for micro in range(2)]
+        assert {pairs.bucket.t for pairs in drawn} == {1, 2, 5}
+        images, clips = ([n for pairs in drawn for n in pairs.ids if (pairs.bucket.t == 1) == wanted]
+                         for wanted in (True, False))  # fmt: skip
+        # Kinds take turns; the first samples of each are held out.
+        assert sorted(images) == sorted([*range(HELD_OUT, HELD_OUT + 24)] * image_epochs)
+        assert sorted(clips) == [*range(2 * HELD_OUT + 24, 2 * HELD_OUT + 48)]
+        orders.append(clips)
+    assert orders[0] != orders[1]
 
 
 def test_a_prompt_that_was_learnt_before_stays_what_it_is(config):
@@ -265,7 +285,8 @@ def test_a_prompt_that_was_learnt_before_stays_what_it_is(config):
 
 
 def test_each_side_alone_lowers_its_own_loss(config):
-    stage = make(replace(config, run=RunConfig(steps=1000), loss=LossConfig(r1=1.0, r2=1.0)))
+    # A discriminator that has seen but three pairs may have nothing to say about three others.
+    stage = make(replace(config, run=RunConfig(steps=1000), loss=LossConfig(r1=1.0, r2=1.0), batch=12))
     telling = train(stage, "d", 12)
     assert telling[-1]["d_adv"] < 0.7 * telling[0]["d_adv"]
     pleasing = train(stage, "g", 12)
@@ -285,8 +306,8 @@ def test_the_stage_starts_from_copies_of_stage_1(config):
 
 def test_a_budget_of_tokens_makes_long_samples_few(config):
     budget = replace(config, batch_tokens=16)
-    assert apt.pairs_of(budget, Grid(1, 4, 4)) == 4 and apt.pairs_of(budget, Grid(2, 4, 4)) == 2
-    assert apt.pairs_of(budget, Grid(9, 4, 4)) == 1
+    sizes = [apt.deal_of(budget).size(Grid(t, 4, 4)) for t in (1, 2, 9)]
+    assert sizes == [4, 2, 1]
     assert len(make(budget).draw("d", 0, 0).real) == 4
 
 

@@ -16,9 +16,9 @@ from training.config import OptimConfig, ParallelConfig, RunConfig
 from training.curriculum import Phase
 from training.parallel import Processes, connect, set_last_micro
 from training.pretrain import NANO_DIT
-from training.randomness import rng, torch_rng
+from training.randomness import torch_rng
 from training.restorer import Restorer
-from training.shards import LatentBatch
+from training.shards import InMemory, Latents
 
 # An odd number of tokens, so that two processes hold unequal parts.
 LATENT = Grid(1, 6, 6)
@@ -26,17 +26,10 @@ MODEL = replace(NANO_DIT, dim=32, depth=3, heads=2, head_dim=16, text_dim=24, se
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-3)
 
 
-class Noise:
+def noise() -> Latents:
     """Latents of noise and of noisier noise."""
-
-    def __init__(self):
-        self.seed, self.shapes = 0, [LATENT]
-        self.real = torch.randn(40, 16, *LATENT, generator=torch_rng(0, "noise"))
-
-    def of_shape(self, number, size, purpose, step, micro):
-        index = rng(0, purpose, step, micro).integers(40, size=size)
-        lq = self.real + 0.5 * self.real.flip(0)
-        return LatentBatch(self.real[index], lq[index], [None] * size, index, LATENT)
+    real = torch.randn(40, 16, *LATENT, generator=torch_rng(0, "noise"))
+    return Latents(InMemory([{"hq": real, "lq": real + 0.5 * real.flip(0)}], scale=1.0), seed=0)
 
 
 def make(backward: str, folder: Path) -> AdversarialStage:
@@ -47,7 +40,7 @@ def make(backward: str, folder: Path) -> AdversarialStage:
         curriculum=(Phase(share=1.0, frames=(1,)),), batch=3,
     )  # fmt: skip
     torch.manual_seed(0)
-    stage = AdversarialStage(config, Noise(), Restorer(MODEL), Restorer(MODEL))
+    stage = AdversarialStage(config, noise(), Restorer(MODEL), Restorer(MODEL))
     for module in stage.modules.values():
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.1)

@@ -13,6 +13,7 @@ from seedvr2_core.diffusion.schedule import interpolate, velocity
 from seedvr2_core.errors import CheckpointError, SettingError
 from tests.training.toys import untimed
 from training import loop, pretrain
+from training.buckets import Deal
 from training.config import OptimConfig, RunConfig
 from training.pretrain import Growth, Pretraining, PretrainStage, noised_condition
 from training.restorer import Restorer
@@ -62,7 +63,7 @@ def test_noise_minus_velocity_is_data():
 
 def test_a_restorer_that_knows_the_answer_has_no_loss(config, latents):
     stage = PretrainStage(config, latents)
-    data, _ = latents.batch(0, config.batch)
+    data = latents.batch(0, Deal(samples=config.batch)).hq
     stage.modules = {"g": Perfect(data)}
     assert stage.backward("g", 0, 0, 1.0)["loss"] < 1e-9
 
@@ -135,12 +136,12 @@ def test_an_interrupted_run_continues_to_the_bit(config, latents, tmp_path):
 def test_latents_come_in_unit_variance_and_take_turns_between_kinds(latents):
     everything = torch.cat([torch.cat(pair).flatten() for pair in latents.held_out()])
     assert everything.std() == pytest.approx(1.0, abs=0.1)
-    assert [latents.batch(step, 2)[0].shape[2] for step in range(4)] == [2, 1, 2, 1]
+    assert [latents.batch(step, Deal(samples=2)).hq.shape[2] for step in range(4)] == [1, 2, 1, 2]
 
 
 def test_held_out_latents_are_never_trained_on(latents):
     kept = {latent.sum().item() for hq, _ in latents.held_out() for latent in hq}
-    drawn = {latent.sum().item() for step in range(50) for latent in latents.batch(step, 8)[0]}
+    drawn = {latent.sum().item() for step in range(50) for latent in latents.batch(step, Deal(samples=8)).hq}
     assert len(kept) == 2 * HELD_OUT
     assert not kept & drawn
 

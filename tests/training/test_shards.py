@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
-from training.buckets import tokens
+from training.buckets import Deal, tokens
 from training.curriculum import Phase
 from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, write_shard
 
@@ -95,11 +95,17 @@ def test_equal_samples_make_equal_files(folder, tmp_path):
 
 
 def test_batches_take_the_kinds_in_turn_and_depend_on_the_step_alone(latents, folder):
-    assert [latents.batch(step, 3)[0].shape[2:] for step in range(4)] == [CLIP, IMAGE] * 2
-    hq, lq = latents.batch(5, 4, micro=1)
-    again = Latents(folder, seed=0).batch(5, 4, micro=1)
-    assert torch.equal(hq, again[0]) and torch.equal(lq, again[1])
-    assert not torch.equal(hq, latents.batch(5, 4)[0])
+    assert [latents.batch(step, Deal(samples=3)).hq.shape[2:] for step in range(4)] == [IMAGE, CLIP] * 2
+    deal = Deal(samples=4, micros=2)
+    batch, again = latents.batch(5, deal, micro=1), Latents(folder, seed=0).batch(5, deal, micro=1)
+    assert torch.equal(batch.hq, again.hq) and torch.equal(batch.lq, again.lq)
+    assert not torch.equal(batch.hq, latents.batch(5, deal).hq)
+
+
+def test_further_turns_have_batches_of_their_own(latents):
+    deal = Deal(samples=3, micros=2)
+    first, *others = ([latents.batch(0, deal, micro).ids.tolist() for micro in (turn, turn + 1)] for turn in (0, 2, 4))
+    assert all(first != other for other in others) and others[0] != others[1]
 
 
 def test_shards_and_plain_files_make_the_same_batches(tmp_path):
@@ -114,27 +120,23 @@ def test_shards_and_plain_files_make_the_same_batches(tmp_path):
     build_index(tmp_path / "shards", ["image-000000"])
     ours, theirs = (Latents(tmp_path / name, seed=3) for name in ("shards", "plain"))
     for step in range(3):
-        for a, b in zip(ours.batch(step, 4), theirs.batch(step, 4), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        a, b = (latents.of_shape(0, 4, "apt/d", step) for latents in (ours, theirs))
+        a, b = (latents.batch(step, Deal(samples=4)) for latents in (ours, theirs))
         assert a.bucket == b.bucket and (a.ids == b.ids).all()
-        torch.testing.assert_close(a.lq, b.lq, rtol=1e-4, atol=1e-5)
+        for one, other in ((a.hq, b.hq), (a.lq, b.lq)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_samples_are_in_no_batch(latents):
     kept = {round(z.sum().item(), 3) for hq, _ in latents.held_out() for z in hq}
-    drawn = {round(z.sum().item(), 3) for step in range(30) for z in latents.batch(step, 4)[0]}
-    planned = {round(z.sum().item(), 3) for step in range(20) for z in latents.planned(step, 200).hq}
-    shapes = range(len(latents.shapes))
-    drawn |= {round(z.sum().item(), 3) for number in shapes for z in latents.of_shape(number, 200, "apt/g", 0).hq}
+    drawn = {round(z.sum().item(), 3) for step in range(30) for z in latents.batch(step, Deal(samples=4)).hq}
     assert len(kept) == 2 * HELD_OUT
-    assert len(planned) == 80 - 2 * HELD_OUT
-    assert not kept & (drawn | planned)
+    assert len(drawn) == 80 - 2 * HELD_OUT
+    assert not kept & drawn
 
 
-def test_a_planned_batch_has_one_shape_and_keeps_its_budget(latents):
+def test_a_batch_has_one_shape_and_keeps_its_budget(latents):
     for step in range(8):
-        batch = latents.planned(step, budget=40)
+        batch = latents.batch(step, Deal(tokens=40))
         assert tuple(batch.hq.shape[2:]) == batch.bucket
         assert len(batch.ids) * tokens(batch.bucket) <= 40
         # Both variants of the degraded latent occur.
@@ -143,8 +145,9 @@ def test_a_planned_batch_has_one_shape_and_keeps_its_budget(latents):
 
 
 def test_micro_batches_are_parts_of_the_planned_batch(latents):
-    parts = [latents.planned(2, 32, micro=micro, micros=2) for micro in range(2)]
-    whole = latents.plan(32, 2)(2)
+    deal = Deal(tokens=32, micros=2)
+    parts = [latents.batch(2, deal, micro) for micro in range(2)]
+    whole = latents.plan(deal)(2)
     assert np.array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
 
 
@@ -159,34 +162,35 @@ def many_shapes(folder) -> Latents:
 def test_as_many_are_held_out_of_a_kind_whatever_its_shapes(tmp_path):
     latents = many_shapes(tmp_path)
     assert sum(len(hq) for hq, _ in latents.held_out()) == HELD_OUT
-    taught = {n for group in range(len(latents.shapes)) for n in latents.of_shape(group, 40, "apt/g", 0).ids}
-    assert taught == set(range(HELD_OUT, 30))
+    plan = latents.plan(Deal(samples=2))
+    assert {n for step in range(plan.steps_in_epoch) for n in plan(step).ids} == set(range(HELD_OUT, 30))
 
 
 def test_a_shape_with_fewer_samples_than_micro_batches_fills_them_all(tmp_path):
     latents = many_shapes(tmp_path)
-    sizes = {len(latents.planned(step, 20, micro=micro, micros=8).ids) for step in range(6) for micro in range(8)}
+    deal = Deal(tokens=20, micros=8)
+    sizes = {len(latents.batch(step, deal, micro).ids) for step in range(6) for micro in range(8)}
     assert min(sizes) >= 1
 
 
 def test_a_phase_takes_its_own_samples_as_long_as_it_says_and_spends_the_budget_on_them(latents):
     clips = Phase(share=1.0, frames=(5,))
     for step in range(4):
-        batch = latents.planned(step, budget=24, phase=clips)
+        batch = latents.batch(step, Deal(tokens=24, phase=clips))
         assert batch.bucket == (2, 4, 6) and batch.hq.shape[2:] == batch.lq.shape[2:] == batch.bucket
         assert len(batch.ids) == 24 // tokens(batch.bucket)
 
 
 def test_a_phase_of_shorter_clips_cuts_longer_ones(tmp_path):
     latents = many_shapes(tmp_path)
-    whole = latents.planned(1, 120, phase=Phase(share=1.0))
-    short = latents.planned(1, 120, phase=Phase(share=1.0, frames=(5,)))
+    whole = latents.batch(1, Deal(tokens=120, phase=Phase(share=1.0)))
+    short = latents.batch(1, Deal(tokens=120, phase=Phase(share=1.0, frames=(5,))))
     assert whole.hq.shape[2] == 3 and short.hq.shape[2] == short.lq.shape[2] == short.bucket.t == 2
     assert len(whole.ids) == 120 // tokens(whole.bucket) and len(short.ids) == 120 // tokens(short.bucket)
 
 
 def test_both_variants_of_a_sample_are_used(latents):
-    batches = [latents.planned(step, 200) for step in range(8)]
+    batches = [latents.batch(step, Deal(samples=24)) for step in range(4)]
     shifts = [(batch.lq - batch.hq).mean(dim=(1, 2, 3, 4)) / latents.scale for batch in batches]
     assert set(torch.cat(shifts).round().tolist()) == {1.0, 2.0}
 
@@ -248,7 +252,7 @@ def test_a_lost_shard_stops_training_in_words(tmp_path):
     latents = Latents(tmp_path, seed=0)
     with pytest.raises(CheckpointError, match=r"image-000001\.tar.*precompute it again"):
         for step in range(20):
-            latents.planned(step)
+            latents.batch(step, Deal(samples=8))
 
 
 def test_a_damaged_index_says_how_to_mend_it(tmp_path):

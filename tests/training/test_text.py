@@ -11,6 +11,7 @@ from torch import nn
 from seedvr2_core.errors import CheckpointError, SettingError
 from training import distill, loop, pretrain
 from training.apt import AdversarialStage, DiscConfig, PostTraining
+from training.buckets import Deal
 from training.config import OptimConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import Discriminator
@@ -209,7 +210,7 @@ def test_null_prompts_are_for_the_first_halving(tiny_dit, captioned):
 def test_samples_without_a_caption_share_the_prompt_of_the_data_set(tmp_path):
     latents = write_latents(tmp_path, None, shared=torch.full((4, WIDTH), 9.0))
     assert latents.text_width == WIDTH
-    assert {text[0, 0].item() for text in latents.captioned(0, 4).texts} == {9.0}
+    assert {text[0, 0].item() for text in latents.batch(0, Deal(samples=4)).texts} == {9.0}
 
 
 def test_captions_that_are_not_there_are_refused(config, latents, tmp_path):
