@@ -34,6 +34,7 @@ from .ema import EMA, local
 from .env import describe_environment
 from .guards import Guards, Verdict
 from .journal import METRICS, Journal, beat, read
+from .pace import Pace
 from .parallel import Processes, connect, local_device, reshard, set_last_micro
 from .previews import Preview, write_previews
 
@@ -239,6 +240,7 @@ class Trainer:
         self.module = stage.modules[stage.averaged]
         self.ema = EMA(self.module, self.config.ema, self.config.ema_every, self.config.ema_device)
         self.optimizers = {name: make_optimizer(module, optims[name]) for name, module in stage.modules.items()}
+        self.pace = Pace(self.processes, stage.modules.values(), session.guards.config.slow)
         self.checkpoints = state.Checkpoints(
             directory, self.processes, keep=self.config.keep, asynchronous=self.config.async_save
         )
@@ -292,6 +294,7 @@ class Trainer:
         added: dict[str, float] = {}
         if self.processes.world > 1:
             beat(self.directory, self.processes.rank, step)
+        self.pace.begin(step)
         if self.starts and step > 0 and self.stage.restarts(self._place(step - 1), self._place(step)):
             self._restart(step)
         for name, module in self.stage.modules.items():
@@ -302,6 +305,8 @@ class Trainer:
                 row |= scalars | added
             if turns > 1:
                 row[f"{name}_turns"] = turns
+        if slow := self.pace.end():
+            self.journal.alert(step, slow)
         seconds = time.perf_counter() - start
         row["seconds"] = round(seconds, 4)
         for unit in ("samples", "tokens"):
@@ -346,6 +351,7 @@ class Trainer:
             rows.append(self.stage.backward(name, self._place(step), number, 1 / len(self.micros)))
         if not any(rows):
             return {}
+        self.pace.add(sum(row.get("data_seconds") or 0 for row in rows))
         norm = gradient_norm(module)
         scalars = self._means(rows)
         prefix = f"{name}_" if len(self.optims) > 1 else ""

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ from seedvr2_core.kernels import Choices
 from seedvr2_core.models.dit import Block, Conditioning, WindowAttention, WindowLayout
 
 from .config import ParallelConfig
+
+T = TypeVar("T")
 
 # Ways into a module other than calling it. FSDP has to know them, to gather the weights in time.
 ENTRANCES = ("velocity", "encode", "decode")
@@ -99,6 +101,13 @@ class Processes:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
         return (tensor / self.world).tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        values: list[T] = [value] * self.world
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def agree(self, value: object) -> object:
         """The first process's value."""

@@ -1,0 +1,109 @@
+"""Which of several processes holds up the others.
+
+Processes wait for each other in every layer, so a step takes all of them as long as the slowest. What tells them apart
+is their own time: what each waits for its data, and computes in the forward passes of its layers, between the moment
+that a layer's weights are there and its end. It is taken in some steps, and compared over the control group.
+
+The processes of a group that share a sample's tokens also wait for each other within a layer, and are slow together.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from statistics import median, median_low
+
+import torch
+from torch import nn
+
+from seedvr2_core.models.dit import Block
+
+from .parallel import Processes
+
+# Steps from one that is timed to the next, and how many of them make a judgement.
+EVERY, WINDOW = 10, 10
+
+
+class Pace:
+    """Times this process in some steps, and says when one of all of them has been slow."""
+
+    def __init__(self, processes: Processes, modules: Iterable[nn.Module], most: float):
+        """
+        Args:
+            processes: of the run; a single one is never timed.
+            modules: what they train, placed; the layers of transformers in them are timed.
+            most: times the own seconds of the middle process that those of another may be.
+        """
+        self.processes, self.most = processes, most
+        self.timing = False
+        self.seconds = 0.0
+        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.window: deque[list[float]] = deque(maxlen=WINDOW)
+        layers = {part for module in modules for part in module.modules() if isinstance(part, Block)}
+        for layer in layers if processes.world > 1 else ():
+            # Within those of FSDP, which gather a layer's weights before it and free them after it.
+            layer.register_forward_pre_hook(self._enter)
+            layer.register_forward_hook(self._leave, prepend=True)
+
+    def begin(self, step: int) -> None:
+        self.timing, self.seconds = self.processes.world > 1 and step % EVERY == 0, 0.0
+        self.marks.clear()
+
+    def add(self, seconds: float) -> None:
+        """What this process waited for its data."""
+        self.seconds += seconds
+
+    def end(self) -> str:
+        """Compare the step; a sentence if a process has been slow over the whole window, which then begins again."""
+        if not self.timing:
+            return ""
+        self.timing = False
+        if self.marks:
+            torch.cuda.synchronize(self.processes.device)
+            self.seconds += sum(start.elapsed_time(end) for start, end in self.marks) / 1000
+        found = self.processes.gather((self.seconds, socket.gethostname()))
+        self.window.append([seconds for seconds, _ in found])
+        rank, times = slowest(self.window)
+        if len(self.window) < WINDOW or times <= self.most:
+            return ""
+        self.window.clear()
+        return (f"Process {rank} on {found[rank][1]} has been {times:.2f} times as slow as the others, by its own "
+                f"seconds in {WINDOW} of the last {EVERY * WINDOW} steps, and all wait for it; look at its data, its "
+                "temperature, and what else runs there.")  # fmt: skip
+
+    @torch.compiler.disable
+    def _enter(self, layer: nn.Module, args: object) -> None:
+        if self.timing:
+            self.start = self._now()
+
+    @torch.compiler.disable
+    def _leave(self, layer: nn.Module, args: object, output: object) -> None:
+        if not self.timing:
+            return
+        end = self._now()
+        if isinstance(end, torch.cuda.Event):
+            self.marks.append((self.start, end))
+        else:
+            self.seconds += end - self.start
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.processes.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def slowest(window: Iterable[Sequence[float]]) -> tuple[int, float]:
+    """The slowest process, and its time over that of the one in the middle, by the median over steps.
+
+    Args:
+        window: of every step, the own seconds of each process.
+    """
+    # Of two processes the faster one is in the middle, and of processes that do nothing none is slow.
+    ratios = [[own / middle if (middle := median_low(step)) else 1.0 for own in step] for step in window]
+    times = [median(of_one) for of_one in zip(*ratios, strict=True)]
+    rank = max(range(len(times)), key=times.__getitem__)
+    return rank, times[rank]
