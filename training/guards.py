@@ -66,7 +66,7 @@ class GuardConfig:
     condition_effect: float = setting(0.05, "change by another's condition, in spreads: below, it is ignored", least=0)
     worse: float = setting(0.2, "share by which validation is worse than its best", least=0)
     worse_checks: int = setting(5, "validations in a row that are so before the run stops", least=1)
-    slow: float = setting(1.3, "times the others' own seconds of a step that a process may take", least=1)
+    slow: float = setting(1.3, "times as long as the others that a process may take for a step", least=1)
     rollback: RollbackConfig = RollbackConfig()
     extra_turns: int = setting(0, "more updates of the generator a step while the discriminator wins; 2 helps", least=0)
     extra_until: float = setting(0.9, "share of pairs told apart below which that ends", least=0, most=1)

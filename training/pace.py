@@ -2,7 +2,8 @@
 
 Processes wait for each other in every layer, so a step takes all of them as long as the slowest. What tells them apart
 is their own time: what each waits for its data, and computes in the forward passes of its layers, between the moment
-that a layer's weights are there and its end. It is taken in some steps, and compared over the control group.
+that a layer's weights are there and its end. It is taken in some steps and compared over the control group; the rest of
+a step, of which nobody knows whose it is, counts as equal.
 
 The processes of a group that share a sample's tokens also wait for each other within a layer, and are slow together.
 """
@@ -24,6 +25,8 @@ from .parallel import Processes
 
 # Steps from one that is timed to the next, and how many of them make a judgement.
 EVERY, WINDOW = 10, 10
+# A backward pass takes twice as long as the forward pass, and is as slow.
+PASSES = 3
 
 
 class Pace:
@@ -34,11 +37,11 @@ class Pace:
         Args:
             processes: of the run; a single one is never timed.
             modules: what they train, placed; the layers of transformers in them are timed.
-            most: times the own seconds of the middle process that those of another may be.
+            most: times the seconds of the process in the middle that another may take.
         """
         self.processes, self.most = processes, most
         self.timing = False
-        self.seconds = 0.0
+        self.began = self.seconds = 0.0
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.window: deque[list[float]] = deque(maxlen=WINDOW)
         layers = {part for module in modules for part in module.modules() if isinstance(part, Block)}
@@ -50,6 +53,7 @@ class Pace:
     def begin(self, step: int) -> None:
         self.timing, self.seconds = self.processes.world > 1 and step % EVERY == 0, 0.0
         self.marks.clear()
+        self.began = time.perf_counter()
 
     def add(self, seconds: float) -> None:
         """What this process waited for its data."""
@@ -62,15 +66,17 @@ class Pace:
         self.timing = False
         if self.marks:
             torch.cuda.synchronize(self.processes.device)
-            self.seconds += sum(start.elapsed_time(end) for start, end in self.marks) / 1000
+            self.seconds += PASSES * sum(start.elapsed_time(end) for start, end in self.marks) / 1000
+        step = time.perf_counter() - self.began
         found = self.processes.gather((self.seconds, socket.gethostname()))
-        self.window.append([seconds for seconds, _ in found])
+        own = [seconds for seconds, _ in found]
+        self.window.append([seconds + max(0.0, step - max(own)) for seconds in own])
         rank, times = slowest(self.window)
         if len(self.window) < WINDOW or times <= self.most:
             return ""
         self.window.clear()
-        return (f"Process {rank} on {found[rank][1]} has been {times:.2f} times as slow as the others, by its own "
-                f"seconds in {WINDOW} of the last {EVERY * WINDOW} steps, and all wait for it; look at its data, its "
+        return (f"Process {rank} on {found[rank][1]} has taken {times:.2f} times as long as the others, by its own "
+                f"time in {WINDOW} of the last {EVERY * WINDOW} steps, and all wait for it; look at its data, its "
                 "temperature, and what else runs there.")  # fmt: skip
 
     @torch.compiler.disable
@@ -86,7 +92,7 @@ class Pace:
         if isinstance(end, torch.cuda.Event):
             self.marks.append((self.start, end))
         else:
-            self.seconds += end - self.start
+            self.seconds += PASSES * (end - self.start)
 
     def _now(self) -> float | torch.cuda.Event:
         if self.processes.device.type != "cuda":
@@ -100,10 +106,10 @@ def slowest(window: Iterable[Sequence[float]]) -> tuple[int, float]:
     """The slowest process, and its time over that of the one in the middle, by the median over steps.
 
     Args:
-        window: of every step, the own seconds of each process.
+        window: of every step, the seconds of each process.
     """
-    # Of two processes the faster one is in the middle, and of processes that do nothing none is slow.
-    ratios = [[own / middle if (middle := median_low(step)) else 1.0 for own in step] for step in window]
+    # Of two processes the faster one is in the middle.
+    ratios = [[seconds / median_low(step) for seconds in step] for step in window]
     times = [median(of_one) for of_one in zip(*ratios, strict=True)]
     rank = max(range(len(times)), key=times.__getitem__)
     return rank, times[rank]

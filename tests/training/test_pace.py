@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,15 @@ def test_the_slowest_is_measured_by_the_one_in_the_middle_and_single_steps_count
     assert slowest([[n, 2 * n] for n in (1.0, 5.0, 0.1)]) == (1, pytest.approx(2.0))
 
 
-def test_processes_that_do_nothing_are_not_slow():
-    assert slowest([[0.0, 0.0]])[1] == 1.0
+@pytest.mark.parametrize("own, times", [((0.2, 0.4), 1.25), ((0.5, 1.0), 2.0), ((0.0, 0.0), 1.0)])
+def test_what_is_nobodys_own_counts_as_equal(own, times):
+    # Both took a second.
+    watch = pace.Pace(Session().processes, [], most=1.2)
+    watch.processes = SimpleNamespace(device=torch.device("cpu"), gather=lambda mine: [(it, "host") for it in own])
+    for _ in range(pace.WINDOW):
+        watch.timing, watch.began = True, time.perf_counter() - 1
+        sentence = watch.end()
+    assert (f"Process 1 on host has taken {times:.2f} times" in sentence) == (times > 1.2)
 
 
 SLOW = {"layers": (Block, "forward"), "data": (Latents, "batch"), "nothing": None}
@@ -61,7 +69,7 @@ def test_a_slow_process_is_named_with_its_host(tmp_path, tiny_dit, latents_folde
     assert not alerts.pop("nothing")
     for found in alerts.values():
         (alert,) = found
-        assert f"Process 1 on {socket.gethostname()} has been" in alert and " 4 of the last 4 steps" in alert
+        assert f"Process 1 on {socket.gethostname()} has taken" in alert and " 4 of the last 4 steps" in alert
 
 
 def test_one_process_is_never_timed(tiny_dit):
