@@ -366,6 +366,15 @@ def plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def from_plain(kind: type[Config], value: Mapping[str, Any]) -> Config:
+    """The config that `plain` was given.
+
+    Raises:
+        SettingError: it is none of this kind.
+    """
+    return _build(kind, value, kind.__name__)
+
+
 def config_hash(config: Any) -> str:
     """16 hex digits that say whether two configs are the same."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]

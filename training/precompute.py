@@ -3,7 +3,8 @@
 Degrading and encoding take longer than the step that uses them; the paper trains four times as fast on latents. The
 samples of a data set are dealt into shards (see `shards`). What a sample holds depends on its number alone, so any
 number of processes may share the work, each `--shard i/N` taking every Nth shard, and a run that was cut off is
-continued: shards that are finished are passed over. Whoever finishes the last one writes the index.
+continued: shards that are finished are passed over. Whoever finishes the last one writes the index. With `mode=pixels`
+nothing is made now: see `training.pixels`.
 
 A file NAME.txt.safetensors beside a picture, a video or a folder of frames NAME is the embedding of its caption, one
 tensor of tokens x width, and goes into its samples. `prompt=3b` gives all others the prompt of a published model. What
@@ -41,7 +42,7 @@ from seedvr2_core.models.vae import VideoVAE, posterior
 from seedvr2_core.video.geometry import to_clip, to_floats
 
 from .buckets import aspect_sizes
-from .config import parse_command, setting
+from .config import parse_command, plain, setting
 from .data import (
     CLIP_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -54,7 +55,8 @@ from .data import (
 )
 from .degradation import MIXTURES
 from .randomness import rng, torch_rng
-from .shards import Pair, build_index, is_finished, write_shard
+from .shards import PIXELS, Pair, build_index, is_finished, write_shard
+from .state import write_whole
 from .weights import latent_scale, open_vae, published
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class Precompute:
     captions: Path | None = setting(None, "folder of captions' embeddings; none: they are beside the media")
     prompt: str | None = setting(None, "checkpoint or published name whose prompt samples without a caption get")
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
+    mode: Literal["latents", "pixels"] = setting("latents", "pixels: each sample is made when a stage asks for it")
     shard_samples: int = setting(1000, "in a shard", least=1)
     batch: int = setting(16, "samples encoded together", least=1)
     workers: int = setting(2, "processes that degrade; 0: this one", least=0)
@@ -109,7 +112,7 @@ class Precompute:
     @property
     def settings(self) -> dict:
         """What the samples of all shards depend on."""
-        made_here = ("batch", "workers")
+        made_here = ("mode", "batch", "workers")
         return {name: value for name, value in json.loads(json.dumps(asdict(self), default=str)).items()
                 if name not in made_here}  # fmt: skip
 
@@ -229,36 +232,40 @@ def encode(vae: VideoVAE, clips: Tensor, noise: Sequence[torch.Generator] | None
 
 def write(directory: Path, task: Task, work: Work, vae: VideoVAE, samples: Iterator[Sample]) -> None:
     """Encode the samples of a task and write its shard."""
-    config = work.config
-    dtype = DTYPES[config.dtype]
+    batch = work.config.batch
 
     def pairs() -> Iterator[tuple[str, Pair]]:
         waiting: list[tuple[int, Sample]] = []
         numbered = zip(range(task.start, task.stop), samples, strict=True)
         for index, sample in tqdm(numbered, total=task.stop - task.start, desc=task.name):
             # Samples of one shape are encoded together; they keep their order.
-            if waiting and (waiting[0][1].clean.shape != sample.clean.shape or len(waiting) == config.batch):
-                yield from finish(waiting)
+            if waiting and (waiting[0][1].clean.shape != sample.clean.shape or len(waiting) == batch):
+                yield from finish(work, vae, task.crops, waiting)
                 waiting = []
             waiting.append((index, sample))
-        yield from finish(waiting)
-
-    def finish(group: list[tuple[int, Sample]]) -> Iterator[tuple[str, Pair]]:
-        columns = []
-        for variant in range(-1, config.variants):
-            clips = torch.stack([s.clean if variant < 0 else s.degraded[variant] for _, s in group])
-            noise = None
-            if config.latent == "sample":
-                noise = [torch_rng(config.data.seed, f"posterior/{task.crops.name}", i, variant + 1) for i, _ in group]
-            columns.append(encode(vae, clips, noise).to(dtype))
-        for (index, sample), hq, *lq in zip(group, *columns, strict=True):
-            about = {**sample.about, "frames": sample.clean.shape[1], "size": list(sample.clean.shape[2:]),
-                     "latent": config.latent, "vae": str(config.vae)}  # fmt: skip
-            work.count(sample)
-            text = work.captions.of(sample.about["source"])
-            yield f"{task.crops.name}-{index:09d}", Pair(hq.clone(), [z.clone() for z in lq], about, text)
+        yield from finish(work, vae, task.crops, waiting)
 
     write_shard(directory, task.name, pairs(), work.settings)
+
+
+def finish(
+    work: Work, vae: VideoVAE, crops: PairCrops, group: Sequence[tuple[int, Sample]]
+) -> Iterator[tuple[str, Pair]]:
+    """Key and pair of every sample of a group, given with their numbers; those of one shape are encoded together."""
+    config, columns = work.config, []
+    for variant in range(-1, config.variants):
+        clips = torch.stack([s.clean if variant < 0 else s.degraded[variant] for _, s in group])
+        noise = None
+        if config.latent == "sample":
+            noise = [torch_rng(config.data.seed, f"posterior/{crops.name}", i, variant + 1) for i, _ in group]
+        columns.append(encode(vae, clips, noise).to(DTYPES[config.dtype]))
+    for (index, sample), hq, *lq in zip(group, *columns, strict=True):
+        about = {**sample.about, "frames": sample.clean.shape[1], "size": list(sample.clean.shape[2:]),
+                 "latent": config.latent, "vae": str(config.vae)}  # fmt: skip
+        name = f"{crops.name}-{index:09d}"
+        work.count(name, sample)
+        text = work.captions.of(sample.about["source"])
+        yield name, Pair(hq.clone(), [z.clone() for z in lq], about, text)
 
 
 class Captions:
@@ -322,17 +329,19 @@ class Work:
         digest = None if refused is None else hashlib.sha256("\n".join(sorted(refused)).encode()).hexdigest()[:16]
         self.settings = {**config.settings, "filter": digest}
         self.total = sum(crops.count for crops in config.crops)
-        self.replaced = 0
+        self.replaced: dict[str, str] = {}  # samples, and why
 
-    def count(self, sample: Sample) -> None:
+    def count(self, name: str, sample: Sample) -> None:
         """Refuse to go on where so many samples had to be replaced that it is no accident.
 
         Raises:
             MediaError: naming the last of them.
         """
-        self.replaced += REPLACED in sample.about
-        if self.replaced > max(1, UNREADABLE_SHARE * self.total):
-            raise MediaError(f"{self.replaced} of {self.total} samples had to be replaced, the last because: "
+        if REPLACED not in sample.about:
+            return
+        self.replaced[name] = sample.about[REPLACED]
+        if len(self.replaced) > max(1, UNREADABLE_SHARE * self.total):
+            raise MediaError(f"{len(self.replaced)} of {self.total} samples had to be replaced, the last because: "
                              f"{sample.about[REPLACED]} Mend the data and run the command again; finished shards are "
                              "kept.")
 
@@ -365,6 +374,13 @@ def run(config: Precompute, directory: Path, root: Path | None, vae: VideoVAE, p
         log.info("%d shards are still to be made by others, %s first.", len(missing), missing[0])
     else:
         build_index(directory, [task.name for task in everything], work.text, latent_scale(config.vae, vae))
+
+
+def note(directory: Path, config: Precompute, root: Path | None) -> None:
+    """Leave word of what there is to make, and from what, for `training.pixels`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"media": None if root is None else str(root), "config": plain(config)}
+    write_whole(directory / PIXELS, json.dumps(about, indent=1) + "\n")
 
 
 @contextmanager
@@ -431,6 +447,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.dry_run:
             print(json.dumps(config.settings, indent=1))
             print(f"{len(tasks(config))} shards, {sum(crops.count for crops in config.crops)} samples")
+            return 0
+        if config.mode == "pixels":
+            note(command.out, config, command.data)
             return 0
         torch.set_num_threads(command.threads)
         device = pick_device(command.device)

@@ -8,7 +8,8 @@ A data set is a folder of plain tar shards, named and laid out as WebDataset doe
     index/about.json             buckets, shards, scale, and the settings all of it was made with
     index/text.safetensors       the text of every sample that has none of its own, where there is one
 
-Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`).
+Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`). A
+folder may hold no latents, and word of what to make them from: see `pixels`.
 """
 # n samples   c t h w latent channels, frames, height, width   l c text tokens and channels
 
@@ -43,6 +44,8 @@ from .randomness import rng
 log = logging.getLogger(__name__)
 
 INDEX, ABOUT, SHARED_TEXT = "index", "about.json", "text.safetensors"
+# What says how to make latents, where there are none.
+PIXELS = "pixels.json"
 # Tensors of every file inside a shard have this name.
 TENSOR = "latent"
 # Samples of each kind that are kept out of training, the first ones.
@@ -333,7 +336,7 @@ class Store(Protocol):
     kind_of: np.ndarray  # of each sample, a number for what it was made as
     text_width: int | None  # channels of texts; None: no sample has one
     autoencoder: str | None  # what made the latents, as for `weights.open_vae`; None: nobody knows
-    unreadable: Mapping[int, str]  # samples that had to be replaced so far, and why
+    unreadable: Mapping[int | str, str]  # samples that had to be replaced so far, and why
 
     def read(self, number: int, variant: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Clean and degraded latent c t h w, not scaled, the text l c, and the number that the sample really has."""
@@ -345,8 +348,8 @@ class Latents:
     What is in a batch is a function of (seed, step) alone. Some samples of each kind are held out, and in no batch.
 
     Args:
-        source: a folder of shards; of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}; or
-            what else has pairs.
+        source: a folder of shards; of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}; of
+            what `training.precompute mode=pixels` leaves; or what else has pairs.
         seed: of the run.
         device: for the batches.
 
@@ -414,7 +417,7 @@ class Latents:
         return self.store.text_width
 
     @property
-    def unreadable(self) -> Mapping[int, str]:
+    def unreadable(self) -> Mapping[int | str, str]:
         """Samples that had to be replaced so far, and why."""
         return self.store.unreadable
 
@@ -428,8 +431,13 @@ class Latents:
 
 
 def _open(directory: Path) -> Store:
-    plain = sorted(directory.glob("*.safetensors"))
-    return InMemory(list(map(load_file, plain))) if plain else _Shards(ShardReader(directory))
+    if plain := sorted(directory.glob("*.safetensors")):
+        return InMemory(list(map(load_file, plain)))
+    if (directory / PIXELS).exists() and not (directory / INDEX).exists():
+        from .pixels import Pixels  # it builds on this file
+
+        return Pixels(directory)
+    return _Shards(ShardReader(directory))
 
 
 class _Shards:

@@ -199,11 +199,13 @@ def test_a_file_that_vanishes_is_replaced_by_the_same_other_sample(monkeypatch, 
     assert torch.equal(replacement.clean, expected)
     assert "walk.mp4" in caplog.text and "walk.mp4" in replacement.about[REPLACED]
     work = Work(CONFIG, None)
-    work.count(replacement)
-    work.count(make_sample(dataset, CONFIG, crops, 1))
+    work.count("image-2", replacement)
+    work.count("image-1", make_sample(dataset, CONFIG, crops, 1))
+    # Nor is the same one again, as where nothing is written.
+    work.count("image-2", replacement)
     # One is an accident, more among so few are not.
     with pytest.raises(MediaError, match=r"2 of 8 samples.*walk\.mp4"):
-        work.count(replacement)
+        work.count("image-3", replacement)
 
 
 ONE_PHOTO = replace(CONFIG, crops=(PairCrops(kind="image", count=2, size=32),), data=DataConfig(real=1.0, stills=0))
