@@ -129,7 +129,7 @@ class Command:
 
     config: Any
     out: Path  # run directory
-    data: Path | None  # folder with train/ and eval/, or the run directory of the stage before
+    data: Path | str | None  # folder with train/ and eval/, or folder or address of latents
     threads: int
     device: str = "auto"
     resume: str = "auto"  # or "none", or a checkpoint
@@ -157,7 +157,7 @@ def parse_command(stage: str, recipes: Mapping[str, Any], argv: Sequence[str] | 
     names = ", ".join(sorted(recipes))
     parser.add_argument("--config", required=True, help=f"recipe ({names}) or YAML file that has one under base:")
     parser.add_argument("--out", type=Path, help="run directory; default: runs/STAGE")
-    parser.add_argument("--data", type=Path, help="folder that holds train/ and eval/, or latents")
+    parser.add_argument("--data", type=_place, help="folder that holds train/ and eval/; folder or address of latents")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
@@ -187,6 +187,11 @@ def parse_command(stage: str, recipes: Mapping[str, Any], argv: Sequence[str] | 
         allow_config_change=args.allow_config_change,
         dry_run=args.dry_run,
     )
+
+
+def _place(text: str) -> Path | str:
+    # As a path, s3://bucket would lose a slash.
+    return text if "://" in text else Path(text)
 
 
 # A config from a name, a file and a command line.

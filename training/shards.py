@@ -8,8 +8,9 @@ A data set is a folder of plain tar shards, named and laid out as WebDataset doe
     index/about.json             buckets, shards, scale, and the settings all of it was made with
     index/text.safetensors       the text of every sample that has none of its own, where there is one
 
-Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`). A
-folder may hold no latents, and word of what to make them from: see `pixels`.
+Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`). They
+may as well lie in an object store, s3://bucket/latents: whatever fsspec can read, which may want a library of its own,
+s3fs for this one. A folder may hold no latents, and word of what to make them from: see `pixels`.
 """
 # n samples   c t h w latent channels, frames, height, width   l c text tokens and channels
 
@@ -22,6 +23,7 @@ import math
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from safetensors.torch import save as to_bytes
@@ -236,9 +240,20 @@ class ShardReader:
     """The samples of a data set by their number. One that cannot be read is replaced by the next of its bucket, always
     by the same, and counted."""
 
-    def __init__(self, directory: Path):
-        index = directory / INDEX
+    def __init__(self, directory: Path | str):
+        """`directory` may be an address, such as s3://bucket/latents."""
         try:
+            self._system, self._root = url_to_fs(str(directory))
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"{directory} cannot be opened ({error}). Install with pip what is missing, or copy "
+                                  "the latents to a folder.") from error
+        index = Path(self._root) / INDEX
+        try:
+            if not isinstance(self._system, LocalFileSystem):
+                # Columns are mapped into memory, from a copy that stays as long as this does.
+                self._copy = tempfile.TemporaryDirectory()
+                index = Path(self._copy.name) / INDEX
+                self._system.get(f"{self._root}/{INDEX}", str(index), recursive=True)
             about = json.loads((index / ABOUT).read_text())
             self.columns = {name: np.load(index / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
             self.shared_text = load_file(index / SHARED_TEXT)[TENSOR] if (index / SHARED_TEXT).exists() else None
@@ -313,17 +328,14 @@ class ShardReader:
     def _bytes(self, number: int, place: np.ndarray) -> bytes:
         shard = int(self.columns["shard"][number])
         if shard not in self._files:
-            self._files[shard] = (self.directory / f"{self.shards[shard]}.tar").open("rb")
+            # Without what stores read ahead: the next sample is anywhere.
+            self._files[shard] = self._system.open(f"{self._root}/{self.shards[shard]}.tar", cache_type="none")
         offset, size = map(int, place)
         self._files[shard].seek(offset)
         content = self._files[shard].read(size)
         if len(content) != size:
             raise OSError(f"{len(content)} of {size} bytes at {offset}, the file is cut short")
         return content
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
 
 
 class Store(Protocol):
@@ -348,8 +360,8 @@ class Latents:
     What is in a batch is a function of (seed, step) alone. Some samples of each kind are held out, and in no batch.
 
     Args:
-        source: a folder of shards; of plain safetensors files, one a kind, each {"hq": n c t h w, "lq": the same}; of
-            what `training.precompute mode=pixels` leaves; or what else has pairs.
+        source: a folder of shards, or the address of one; a folder of plain safetensors files, one a kind, each
+            {"hq": n c t h w, "lq": the same}; what `training.precompute mode=pixels` leaves; or what else has pairs.
         seed: of the run.
         device: for the batches.
 
@@ -357,9 +369,9 @@ class Latents:
         CheckpointError: the folder holds no latents.
     """
 
-    def __init__(self, source: Path | Store, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, source: Path | str | Store, seed: int, device: torch.device | str = "cpu"):
         self.seed, self.device = seed, torch.device(device)
-        self.store = _open(source) if isinstance(source, Path) else source
+        self.store = _open(source) if isinstance(source, Path | str) else source
         self.scale = self.store.scale
         kinds, shapes = np.asarray(self.store.kind_of), self.store.bucket_of
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
@@ -430,7 +442,10 @@ class Latents:
         return LatentBatch(*stacked, list(texts), np.asarray(really), bucket)
 
 
-def _open(directory: Path) -> Store:
+def _open(where: Path | str) -> Store:
+    if "://" in str(where):
+        return _Shards(ShardReader(where))
+    directory = Path(where)
     if plain := sorted(directory.glob("*.safetensors")):
         return InMemory(list(map(load_file, plain)))
     if (directory / PIXELS).exists() and not (directory / INDEX).exists():

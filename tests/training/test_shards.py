@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from safetensors.torch import load
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
+from training import pretrain
 from training.buckets import Deal, tokens
+from training.config import parse_command
 from training.curriculum import Phase
 from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, write_shard
 
@@ -62,6 +66,29 @@ def test_a_sample_comes_back_as_it_was_written(folder):
         assert torch.equal(hq, expected.hq) and torch.equal(lq, expected.lq[1])
         assert (text is None) == (expected.text is None) and (text is None or torch.equal(text, expected.text))
         assert reader.about(number) == {"number": written}
+
+
+def test_an_object_store_is_read_in_ranges(folder, latents):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(folder), "/bucket/latents", recursive=True)
+    stored = Latents("memory://bucket/latents", seed=0)
+    for step in range(4):
+        a, b = (one.batch(step, Deal(samples=6)) for one in (stored, latents))
+        assert torch.equal(a.hq, b.hq) and torch.equal(a.lq, b.lq) and a.ids.tolist() == b.ids.tolist()
+    assert all(isinstance(column, np.memmap) for column in ShardReader("memory://bucket/latents").columns.values())
+    remote.rm("/bucket", recursive=True)
+    with pytest.raises(CheckpointError, match="holds no finished latents"):
+        Latents("memory://bucket/latents", seed=0)
+
+
+def test_a_store_whose_library_is_missing_names_it():
+    with pytest.raises(CheckpointError, match=r"nowhere://latents cannot be opened .*pip"):
+        Latents("nowhere://latents", seed=0)
+
+
+def test_an_address_stays_one_on_the_command_line():
+    for text, data in (("s3://bucket/latents", "s3://bucket/latents"), ("runs//latents", Path("runs/latents"))):
+        assert parse_command("pretrain", pretrain.RECIPES, ["--config", "nano", "--data", text]).data == data
 
 
 def test_a_shard_is_a_tar_that_anyone_can_read(folder):
