@@ -11,11 +11,14 @@ A data set is a folder of plain tar shards, named and laid out as WebDataset doe
 Samples are read by offset, in any order, so the order is free to be a pure function of the step (see `buckets`). They
 may as well lie in an object store, s3://bucket/latents: whatever fsspec can read, which may want a library of its own,
 s3fs for this one. A folder may hold no latents, and word of what to make them from: see `pixels`.
+
+`python -m training.shards export-parquet DIR OUT.parquet` writes a table of all samples, for analysis.
 """
 # n samples   c t h w latent channels, frames, height, width   l c text tokens and channels
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -42,6 +45,7 @@ from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
 
 from .buckets import BatchPlan, Deal, members_of
+from .config import run_main
 from .data import UNREADABLE_SHARE
 from .randomness import rng
 
@@ -300,6 +304,14 @@ class ShardReader:
         """What the sample was made from, and every parameter of its degradations."""
         return json.loads(self._bytes(number, self.columns["about"][number]))
 
+    def row(self, number: int) -> dict[str, Any]:
+        """What there is to know of a sample without its latents; offset and size are those of the clean one."""
+        column = {name: values[number].tolist() for name, values in self.columns.items()}
+        offset, size = column["hq"]
+        return {"number": number, "shard": self.shards[column["shard"]], "kind": self.kinds[column["kind"]],
+                **self.buckets[column["bucket"]]._asdict(), "offset": offset, "size": size,
+                "text_size": column["txt"][1], "about": json.dumps(self.about(number))}  # fmt: skip
+
     def _with_substitutes(self, number: int) -> Iterable[int]:
         yield number
         same = np.flatnonzero(self.columns["bucket"] == self.columns["bucket"][number])
@@ -336,6 +348,30 @@ class ShardReader:
         if len(content) != size:
             raise OSError(f"{len(content)} of {size} bytes at {offset}, the file is cut short")
         return content
+
+
+def export_parquet(directory: Path | str, target: Path) -> None:
+    """Write a table with a row for every sample: where it lies, its latent size, and as JSON what it was made from.
+
+    Raises:
+        SettingError: pyarrow is not installed.
+        CheckpointError: there are no latents.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+    except ImportError as error:
+        raise SettingError(f"A Parquet file needs the library pyarrow ({error}); pip install pyarrow") from error
+    reader = ShardReader(directory)
+    texts = ("shard", "kind", "about")
+    numbers = ("number", "t", "h", "w", "offset", "size", "text_size")
+    schema = pyarrow.schema([*((name, pyarrow.string()) for name in texts),
+                             *((name, pyarrow.int64()) for name in numbers)])  # fmt: skip
+    with ParquetWriter(target, schema) as writer:
+        # A group of rows for every shard.
+        for shard in range(len(reader.shards)):
+            rows = [reader.row(int(number)) for number in np.flatnonzero(reader.columns["shard"] == shard)]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
 class Store(Protocol):
@@ -489,3 +525,17 @@ class InMemory:
         kind = self.kinds[self.kind_of[number]]
         place = number - self.starts[self.kind_of[number]]
         return kind["hq"][place], kind["lq"][place], None, number
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.shards")
+    commands = parser.add_subparsers(required=True)
+    export = commands.add_parser("export-parquet", help="write a table of all samples")
+    export.add_argument("latents", help="folder or address")
+    export.add_argument("out", type=Path, help="file to write")
+    args = parser.parse_args(argv)
+    export_parquet(args.latents, args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from training import pretrain
 from training.buckets import Deal, tokens
 from training.config import parse_command
 from training.curriculum import Phase
-from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, write_shard
+from training.shards import HELD_OUT, Latents, Pair, ShardReader, build_index, is_finished, main, write_shard
 
 IMAGE, CLIP = Grid(1, 4, 4), Grid(2, 4, 6)
 SETTINGS = {"degradation": "full", "variants": 2}
@@ -66,6 +67,23 @@ def test_a_sample_comes_back_as_it_was_written(folder):
         assert torch.equal(hq, expected.hq) and torch.equal(lq, expected.lq[1])
         assert (text is None) == (expected.text is None) and (text is None or torch.equal(text, expected.text))
         assert reader.about(number) == {"number": written}
+
+
+def test_a_table_of_all_samples_is_written_for_analysis(folder, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    main(["export-parquet", str(folder), str(tmp_path / "samples.parquet")])
+    rows = parquet.read_table(tmp_path / "samples.parquet").to_pylist()
+    assert [row["number"] for row in rows] == list(range(80))
+    row, reader = rows[45], ShardReader(folder)
+    assert (row["shard"], row["kind"], row["t"], row["h"], row["w"]) == ("image-000000", "image", *IMAGE)
+    assert [row["offset"], row["size"]] == reader.columns["hq"][45].tolist()
+    assert json.loads(row["about"]) == reader.about(45) and row["text_size"] == reader.columns["txt"][45][1]
+
+
+def test_without_pyarrow_there_is_no_table_and_it_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SettingError, match="pip install pyarrow"):
+        main(["export-parquet", str(folder), str(tmp_path / "samples.parquet")])
 
 
 def test_an_object_store_is_read_in_ranges(folder, latents):
