@@ -28,6 +28,9 @@ from seedvr2_core.errors import SeedVR2Error, SettingError
 Config = TypeVar("Config")
 
 CONFIG_FILE = "config.yaml"
+# At this learning rate and below, most steps of a bf16 weight are less than half the way to its neighbour: rounded to
+# the nearest it stays where it is.
+LOST_RATE = 1e-5
 
 
 def setting(
@@ -58,7 +61,10 @@ class OptimConfig:
 
     lr: float = setting(about="size of a step", least=0)
     final_lr: float = setting(about="learning rate of the last step", least=0)
-    kind: Literal["adamw", "rmsprop"] = setting("adamw", "rmsprop needs 12 instead of 16 bytes a parameter")
+    # Bytes a parameter, of weight, gradient and moments: 16, 12 and 10; with weights in bf16 adamw8bit takes 6.
+    kind: Literal["adamw", "rmsprop", "adamw8bit"] = setting(
+        "adamw", "adamw8bit, of torchao: moments of 8 bits, bf16 weights rounded at random"
+    )
     betas: tuple[float, float] = setting(
         (0.9, 0.99), "decay of Adam's two means; RMSProp uses the second", least=0, most=1
     )
@@ -82,7 +88,10 @@ class ParallelConfig:
     # True is ZeRO-3, False ZeRO-2.
     reshard_after_forward: bool = setting(True, "free a block's weights between forward and backward")
     activation_checkpoint: bool = setting(False, "recompute a block's activations in the backward pass")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "of the computation; masters and reductions are fp32")
+    # Reductions are fp32.
+    precision: Literal["fp32", "bf16", "pure_bf16"] = setting(
+        "fp32", "of the computation; weights are fp32, in pure_bf16 they and their gradients are bf16 too"
+    )
     compile: bool = setting(False, "torch.compile each block")
 
 
@@ -120,6 +129,14 @@ LARGE_RUN = RunConfig(
     ema=0.9998,
     save_every=500,
     parallel=ParallelConfig(precision="bf16", activation_checkpoint=True),
+)
+
+# The same where one GPU trains all weights: 6 bytes a parameter beside the activations, and averages with the CPU.
+ONE_GPU_RUN = dataclasses.replace(
+    LARGE_RUN,
+    ema_device="cpu",
+    ema_every=10,
+    parallel=dataclasses.replace(LARGE_RUN.parallel, precision="pure_bf16"),
 )
 
 
@@ -342,10 +359,10 @@ def _build(kind: Any, value: Mapping[str, Any], key: str) -> Any:
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Hold every number against the range that its field declares.
+    """Hold every number against the range that its field declares, and optimisers against the weights' type.
 
     Raises:
-        SettingError: one is outside.
+        SettingError: a number is outside, or an optimiser would not move the weights.
     """
     for entry in dataclasses.fields(config):
         value, key = getattr(config, entry.name), f"{prefix}{entry.name}"
@@ -357,6 +374,36 @@ def check(config: Any, prefix: str = "") -> None:
                 low, high = -math.inf if least is None else least, math.inf if most is None else most
                 if not low <= number <= high:
                     raise SettingError(f"{key!r} is {number:g}; it lies between {low:g} and {high:g}.")
+    run = getattr(config, "run", None)
+    if isinstance(run, RunConfig):
+        for key, optim in optims(config):
+            _check_precision(run.parallel.precision, optim, key)
+
+
+def optims(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimConfig]]:
+    """Every optimiser of a config, with its dotted key."""
+    for entry in dataclasses.fields(config):
+        value, key = getattr(config, entry.name), f"{prefix}{entry.name}"
+        if isinstance(value, OptimConfig):
+            yield key, value
+        elif dataclasses.is_dataclass(value):
+            yield from optims(value, f"{key}.")
+
+
+def _check_precision(precision: str, optim: OptimConfig, key: str) -> None:
+    """Hold an optimiser against the weights that it is for."""
+    rate = min(optim.lr, optim.final_lr)
+    if precision == "pure_bf16" and optim.kind != "adamw8bit" and rate <= LOST_RATE:
+        raise SettingError(
+            f"{key}.kind is {optim.kind}, and bf16 weights lose its steps at a rate of {rate:g}: they are rounded to "
+            f"the nearest. Set {key}.kind=adamw8bit, which rounds at random, or run.parallel.precision=bf16, which "
+            "keeps the weights in fp32."
+        )
+    if precision == "bf16" and optim.kind == "adamw8bit":
+        raise SettingError(
+            f"{key}.kind is adamw8bit, which is for weights that are not sharded, and run.parallel.precision=bf16 "
+            f"shards them even in one process. Set run.parallel.precision=pure_bf16, or {key}.kind=adamw."
+        )
 
 
 # A config in a run directory.

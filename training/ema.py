@@ -17,7 +17,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class EMA:
-    """Exponential moving average of a module's trained parameters, in their own type and sharded as they are.
+    """Exponential moving average of a module's trained parameters, in fp32 or better and sharded as they are.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)), so that early averages forget the initialisation.
 
@@ -30,8 +30,12 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float, every: int = 1, device: Literal["same", "cpu"] = "same"):
         self.decay, self.every, self.updates = decay, every, 0
-        trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        self.averages = {name: value.cpu() for name, value in trained.items()} if device == "cpu" else trained
+        where = {"device": "cpu"} if device == "cpu" else {}
+        self.averages = {
+            name: p.detach().to(dtype=torch.promote_types(p.dtype, torch.float32), copy=True, **where)
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -40,10 +44,10 @@ class EMA:
         if self.updates % self.every:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** self.every
-        averaged = [local(value) for value in self.averages.values()]
-        # Waited for: the averages may be on the CPU, which would read what has not arrived.
-        current = [own.to(value.device) for own, value in zip(self._own(module), averaged, strict=True)]
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        # One by one, for a copy of all in fp32 may be more than there is room for.
+        for value, own in zip(map(local, self.averages.values()), self._own(module), strict=True):
+            # Waited for: the averages may be on the CPU, which would read what has not arrived.
+            value.lerp_(own.to(value), 1 - decay)
 
     @contextmanager
     def shown_by(self, module: nn.Module) -> Iterator[nn.Module]:

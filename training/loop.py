@@ -1,6 +1,6 @@
 """The only loop: it accumulates, steps, averages, guards, logs, saves and resumes; a stage says what its losses are.
 
-Every random draw of a stage is a function of (seed, step, micro-batch), so the step number is all that a resumed run
+Every random draw is a function of (seed, step, micro-batch), so the step number is all that a resumed run
 needs to go on exactly where it stopped, in however many processes.
 """
 
@@ -37,6 +37,7 @@ from .journal import METRICS, Journal, beat, read
 from .pace import Pace
 from .parallel import Processes, connect, local_device, reshard, set_last_micro
 from .previews import Preview, write_previews
+from .randomness import key
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +198,24 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of what is trainable in a module.
+
+    Raises:
+        SettingError: it is torchao's, which is not installed, or the module is sharded.
+    """
     groups = parameter_groups(module, config)
     if config.kind == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.betas[1], weight_decay=config.weight_decay)
+    if config.kind == "adamw8bit":
+        try:
+            from .low_bit import RoundingAdamW
+        except ModuleNotFoundError as error:
+            raise SettingError(f"kind=adamw8bit needs the library torchao ({error}); pip install torchao") from error
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            # torchao 0.18 fails on them (pytorch/ao, issue 3314), and a shard's state would depend on its size (4912).
+            raise SettingError("kind=adamw8bit is for weights that one process has as a whole, and these are sharded; "
+                               "run one process, in fp32 or pure_bf16, or set kind=adamw.")
+        return RoundingAdamW(groups, config.lr, config.betas, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
@@ -362,6 +378,8 @@ class Trainer:
         if verdict.action != "skip":
             if optim.clip and norm > optim.clip:
                 scale_gradients(module, optim.clip / (norm + 1e-6))
+            # For rounding at random; the same in all processes, so that copies of the weights stay the same.
+            torch.manual_seed(key(self.config.seed, f"rounding/{name}", step, turn))
             optimizer.step()
             reshard(module)
             if name == self.stage.averaged and not verdict.hold_average:
@@ -417,7 +435,7 @@ class Trainer:
 
     def _norms(self) -> dict[str, float]:
         squares = [
-            sum(local(p.detach()).square().sum() for p in self.module.parameters()),
+            sum(local(p.detach()).float().square().sum() for p in self.module.parameters()),
             self.ema.distance(self.module),
         ]
         sharded = isinstance(next(self.module.parameters()), DTensor)

@@ -2,7 +2,7 @@
 
 There are replicate x shard x sp processes. Weights are sharded over shard x sp of them (FSDP2) and replicated over the
 rest (HSDP); the sp processes of one data-parallel group work on the same micro-batch, each on a part of its tokens. A
-single process in fp32 runs as it is, without any of this.
+single process in fp32 or pure bf16 runs as it is, without any of this.
 
 Tokens are split in the order of the raster, padded to equal parts. Around attention an all-to-all exchanges tokens for
 heads (Ulysses), so that every process sees the whole sequence with a part of the heads and windows do not matter.
@@ -118,18 +118,24 @@ class Processes:
         return box[0]
 
     def place(self, module: nn.Module, train: bool = True) -> nn.Module:
-        """Move a module to the device and, where there are several processes or bf16, shard it; in place.
+        """Move a module to the device and, with several processes or the precision bf16, shard it; in place.
 
-        The weights stay fp32. Layers of a transformer are sharded one by one, what is around them as a whole. Names of
-        submodules in a module's `in_fp32` compute in fp32 whatever the precision of the rest.
+        The weights stay fp32, and become bf16 in pure_bf16. Layers of a transformer are sharded one by one, what is
+        around them as a whole. Names of submodules in a module's `in_fp32` compute, and are kept, in fp32 whatever the
+        precision of the rest.
 
         Args:
             module: the same in every process.
-            train: False for a module that only helps and has no gradients; in bf16 its weights are bf16 too.
+            train: False for a module that only helps and has no gradients; in bf16 all its weights are bf16 too.
 
         Raises:
             SettingError: the heads cannot be split over the processes of a group.
         """
+        bf16 = self.config.precision != "fp32"
+        if bf16 and not train:
+            module.to(torch.bfloat16)
+        elif self.config.precision == "pure_bf16":
+            halve(module)
         module.to(self.device)
         for part in module.modules():
             if isinstance(part, Arranged):
@@ -140,9 +146,6 @@ class Processes:
                 part.compile()
         if self.weights is None:
             return module
-        bf16 = self.config.precision == "bf16"
-        if bf16 and not train:
-            module.to(torch.bfloat16)
         # Inputs are cast where they are used: a timestep in bf16 would be off by up to 4 of 1000.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -157,6 +160,14 @@ class Processes:
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
         return module
+
+
+def halve(module: nn.Module) -> None:
+    """Round the weights of a module to bf16, in place; those of its `in_fp32` stay as they are."""
+    exact = {id(p) for name in getattr(module, "in_fp32", ()) for p in module.get_submodule(name).parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in exact:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def weight_parts(config: ParallelConfig, world: int) -> int:
@@ -188,7 +199,7 @@ def connect(config: ParallelConfig, device: torch.device, init_method: str = "en
     """
     rank, world = int(os.environ.get(RANK, 0)), int(os.environ.get(WORLD, 1))
     parts = weight_parts(config, world)
-    if world == 1 and config.precision == "fp32":
+    if world == 1 and config.precision != "bf16":
         return Processes(device=device, config=config)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

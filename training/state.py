@@ -264,26 +264,38 @@ def save_averaged(directory: Path, step: int, averages: Mapping[str, Tensor], pr
 def optimizer_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by the names of the parameters; what has not been updated yet has none."""
     return {
-        f"{name}.optim/{parameter_name}/{key}": value
+        f"{name}.optim/{parameter_name}/{key}{part}": tensor
         for parameter_name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
+        for part, tensor in parts(value).items()
     }
+
+
+def parts(value: Tensor) -> dict[str, Tensor]:
+    """A tensor under no name; one of torchao's 8 bits as what it consists of: ".codes", ".scale" and ".qmap"."""
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+        return {"": value}
+    names, _ = value.__tensor_flatten__()
+    return {f".{name}": getattr(value, name) for name in names}
 
 
 def prepare_optimizer(
     name: str, module: nn.Module, optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Size]
 ) -> None:
-    """Give an unused optimiser the state that a checkpoint with these names can be read into."""
+    """Give an unused optimiser the state that a checkpoint with these names can be read into: by a step of the weights
+    that have one there. What it does to them is undone by reading the checkpoint."""
+    updated = {key.rpartition("/")[0] for key in names}
     for parameter_name, parameter in module.named_parameters():
-        prefix = f"{name}.optim/{parameter_name}/"
-        for key in (other.removeprefix(prefix) for other in names if other.startswith(prefix)):
-            counter = torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else "cpu")
-            optimizer.state[parameter][key] = counter if key == "step" else torch.zeros_like(parameter.detach())
+        if f"{name}.optim/{parameter_name}" in updated:
+            parameter.grad = torch.zeros_like(parameter.detach())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def generators(rank: int) -> dict[str, Tensor]:
-    """The state of every global generator of this process. Nothing in training draws from them: belt and braces."""
+    """The state of every global generator of this process. Nothing in training draws from them without setting them
+    first: belt and braces."""
     _, keys, position, *_ = np.random.get_state()
     states = {
         "python": torch.tensor(random.getstate()[1], dtype=torch.int64),

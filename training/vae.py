@@ -188,7 +188,7 @@ class VAEStage:
 
     def __init__(self, config: VAETraining, data: Dataset, held_out: Sequence[Tensor]):
         self.config, self.data, self.held_out = config, data, held_out
-        self.compute = torch.bfloat16 if config.run.parallel.precision == "bf16" else torch.float32
+        self.compute = torch.float32 if config.run.parallel.precision == "fp32" else torch.bfloat16
         torch.manual_seed(config.run.seed)
         self.vae = start(config, data)
         self.vae.encoder.requires_grad_(not config.freeze_encoder)
