@@ -123,7 +123,19 @@ class PretendFerry:
         return lambda: x
 
 
+class MetaFerry:
+    """Carries tensors without values: nothing is copied."""
+
+    def store(self, x: Tensor) -> Stored:
+        return Stored(x)
+
+    def fetch(self, stored: Stored, into: Tensor | None = None, index: Index = ...) -> Arrival:
+        return lambda: stored.host[index] if into is None else into
+
+
 def ferry_to(device: torch.device) -> Ferry:
+    if device.type == "meta":
+        return MetaFerry()
     return CudaFerry(device) if device.type == "cuda" else CpuFerry()
 
 
@@ -245,7 +257,9 @@ class StreamedBlocks:
     """A transformer's blocks one by one, some of them with weights that come from the host before their turn.
 
     Streamed blocks take turns in two places on the device. So a block is to be used when it is handed out, until the
-    next one is asked for. After `close` all of them lie where they have been waiting and are ordinary modules again.
+    next one is asked for. The next one in order is on its way meanwhile: forwards, and backwards where a pass with
+    gradients computes every block again, from the last to the first. After `close` all of them lie where they have been
+    waiting and are ordinary modules again.
     """
 
     @torch.inference_mode(False)
@@ -253,49 +267,73 @@ class StreamedBlocks:
         """Move blocks to where they belong: `streamed` of them, whose weights are not packed, to the host, the others
         to the device."""
         self.blocks, self.ferry = blocks, ferry_to(device)
-        turns = {index: turn for turn, index in enumerate(streamed_indices(len(blocks), streamed))}
-        self._buffers = {index: _Buffer(blocks[index]) for index in turns}
+        self._indices = streamed_indices(len(blocks), streamed)
+        self._turns = {index: turn for turn, index in enumerate(self._indices)}
+        self._buffers = {index: _Buffer(blocks[index]) for index in self._indices}
         size = max((buffer.size for buffer in self._buffers.values()), default=0)
         self._stored: dict[int, Stored] = {}
         for index, block in enumerate(blocks):
-            if index in turns:
+            if index in self._turns:
                 self._stored[index] = self.ferry.store(self._buffers[index].fill(block))
                 self._assign(index, self._stored[index].host)
             elif next(block.parameters()).device != device:
                 block.to(device)
         # Last, when the weights that have left have made room.
-        places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(PLACES, streamed))]
-        self._places = {index: places[turn % PLACES] for index, turn in turns.items()}
-        self._coming: Arrival | None = None
-        for index, place in self._places.items():
-            self._assign(index, place)
+        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(PLACES, streamed))]
+        self._there: dict[int, int] = {}  # by place, the turn of the block that is there, or on its way
+        self._coming: dict[int, Arrival] = {}  # by place
+        self._last = 0  # turn
+        for index, turn in self._turns.items():
+            self._assign(index, self._places[turn % PLACES])
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the weights that wait in host memory."""
+        return sum(stored.host.nbytes for stored in self._stored.values())
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        arrivals = (self._fetch(index) for index in self._stored)
-        self._coming = next(arrivals, None)
-        for index, block in enumerate(self.blocks):
-            if index in self._stored:
-                self._coming()
-                self._coming = next(arrivals, None)
-            yield block
+        return (self.at(index) for index in range(len(self)))
+
+    def at(self, index: int) -> nn.Module:
+        """A block, whatever was handed out before; the one that follows it in the present direction is sent for."""
+        turn = self._turns.get(index)
+        if index == 0 and self._stored:
+            # A pass begins.
+            self._send(0)
+        if turn is not None:
+            self._send(turn)
+            if arrive := self._coming.pop(turn % PLACES, None):
+                arrive()
+            # After the last block comes the same again, backwards.
+            last = len(self._stored) - 1
+            forwards = turn == 0 or self._last < turn < last
+            self._last = turn
+            if last:
+                self._send(turn + 1 if forwards else turn - 1)
+        return self.blocks[index]
 
     @torch.inference_mode(False)
     def close(self) -> None:
-        if self._coming:
-            # The pass was cut short. Whoever gets the memory of its place next must not be written over.
-            self._coming()
-            self._coming = None
+        # Of a pass that was cut short. Whoever gets the memory of a place next must not be written over.
+        for arrive in self._coming.values():
+            arrive()
+        self._coming, self._there = {}, {}
         for index, stored in self._stored.items():
             if stored.complete is not None:
                 stored.complete.synchronize()
             self._assign(index, stored.host)
-        self._places = {}
+        self._places = []
 
-    def _fetch(self, index: int) -> Arrival:
-        return self.ferry.fetch(self._stored[index], self._places[index][: self._buffers[index].size])
+    def _send(self, turn: int) -> None:
+        """Begin to copy a block into its place, unless it is there or on its way."""
+        index, place = self._indices[turn], turn % PLACES
+        if self._there.get(place) != turn:
+            into = self._places[place][: self._buffers[index].size]
+            self._coming[place] = self.ferry.fetch(self._stored[index], into)
+            self._there[place] = turn
 
     def _assign(self, index: int, flat: Tensor) -> None:
         self.blocks[index].load_state_dict(self._buffers[index].views(flat), strict=False, assign=True)

@@ -177,6 +177,37 @@ def test_streamed_blocks_compute_the_same_as_all_at_once(device, streamed):
     assert torch.equal(run(dit, back, device), expected)
 
 
+def test_blocks_are_sent_for_once_in_the_order_of_a_pass_forwards_and_backwards():
+    class Listing(CpuFerry):
+        def fetch(self, stored, into=None, index=...):
+            sent.append(numbers[id(stored)])
+            return super().fetch(stored, into, index)
+
+    dit = DiT(replace(RUNNABLE_DIT, depth=7, separate_layers=2)).requires_grad_(False)
+    state = deepcopy(dit).state_dict()
+    blocks = StreamedBlocks(dit.blocks, torch.device("cpu"), 5)
+    numbers = {id(stored): index for index, stored in blocks._stored.items()}
+    blocks.ferry, sent = Listing(), []
+
+    def visit(index: int) -> list[int]:
+        """What is sent for when a block is asked for, which has its weights then."""
+        sent.clear()
+        found = blocks.at(index)
+        for name, tensor in found.named_parameters():
+            assert torch.equal(tensor, state[f"blocks.{index}.{name}"])
+        return list(sent)
+
+    first, *others = streamed_indices(7, 5)
+    assert (first, *others) == (0, 1, 3, 4, 6)
+    for _ in range(2):
+        assert [visit(index) for index in range(7)] == [[0, 1], [3], [], [4], [6], [], []]
+        # The last two are still there.
+        assert [visit(index) for index in reversed(range(7))] == [[], [], [3], [1], [], [0], []]
+        # Then the backward pass of what came before, whose last block is not.
+        assert [visit(index) for index in reversed(range(7))] == [[6, 4], [], [3], [1], [], [0], []]
+        blocks._there.clear()
+
+
 def test_a_pass_cut_short_waits_for_the_weights_that_are_on_their_way():
     class Noting(CpuFerry):
         sent = arrived = 0
