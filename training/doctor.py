@@ -69,6 +69,7 @@ class Workload:
     samples: int  # of a micro-batch
     # Forward passes of the other halves of a step, each with the module that is frozen in it; only their memory counts.
     others: tuple[tuple[Callable[[], Tensor], nn.Module], ...] = ()
+    host: int = 0  # bytes of helpers that wait in host memory
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Cost:
     flops: int
     samples: int
     processes: int = 1
+    host: int = 0  # of helpers that wait in host memory, beside the total
 
     @property
     def total(self) -> int:
@@ -163,7 +165,8 @@ def costs(config: Any, workload: Workload) -> list[Cost]:
     parallel = config.run.parallel
     world = processes_of(parallel)
     micros = Processes(world=world, config=parallel).micros(config.run.micro_batches)
-    counted = passes(workload, parallel.activation_checkpoint, accumulates=len(micros) > 1)
+    half = parallel.precision == "bf16"
+    counted = passes(workload, parallel.activation_checkpoint, accumulates=len(micros) > 1, half=half)
     cost = share(config, workload, counted, world)
     fits = parallel.shard is None and CARDS % (parallel.replicate * parallel.sp) == 0
     if cost.total <= CARD_BYTES or world >= CARDS or not fits:
@@ -171,8 +174,8 @@ def costs(config: Any, workload: Workload) -> list[Cost]:
     return [cost, share(config, workload, counted, CARDS)]
 
 
-def passes(workload: Workload, recompute: bool, accumulates: bool) -> Passes:
-    """Make the passes of one micro-batch, or of two that add up their gradients, without values."""
+def passes(workload: Workload, recompute: bool, accumulates: bool, half: bool) -> Passes:
+    """Make the passes of one micro-batch, or of two that add up their gradients, without values; `half`: in bf16."""
     arrange(workload, Layers(recompute=recompute))
     with FlopCounterMode(display=False) as counter:
         workload.forward()
@@ -181,8 +184,8 @@ def passes(workload: Workload, recompute: bool, accumulates: bool) -> Passes:
             workload.assists()
         assists = counter.get_total_flops() - once
     modules = modules_of(workload)
-    halves = [followed(workload.forward, modules, accumulates)]
-    halves += [followed(forward, modules, accumulates, frozen) for forward, frozen in workload.others]
+    halves = [followed(workload.forward, modules, accumulates, half=half)]
+    halves += [followed(forward, modules, accumulates, frozen, half) for forward, frozen in workload.others]
     return Passes(once * (1 + BACKWARD + recompute) + assists, halves)
 
 
@@ -198,7 +201,7 @@ def share(config: Any, workload: Workload, counted: Passes, processes: int) -> C
     if config.run.ema_device == "same":
         states += 4 * list(learning.values())[-1]
     helpers = sum(stored_bytes(module, half) for module in workload.helpers.values())
-    scale = (0.5 if half else 1.0) / parallel.sp
+    scale = 1 / parallel.sp
     peak = max(half_step.peak(scale, 1 / shards) for half_step in counted.halves)
     if half or shards > 1:
         peak += layer_bytes(modules_of(workload)) // (2 if half else 1)
@@ -215,6 +218,7 @@ def share(config: Any, workload: Workload, counted: Passes, processes: int) -> C
         flops=counted.flops,
         samples=workload.samples,
         processes=processes,
+        host=workload.host,
     )
 
 
@@ -235,11 +239,13 @@ def count(module: nn.Module, learns: bool = False) -> int:
 
 
 def stored_bytes(module: nn.Module, half: bool) -> int:
-    """Of a module that is only read, in its own types; where the run is in bf16 its fp32 weights are too."""
-    return sum(
-        tensor.numel() * (2 if half and tensor.dtype == torch.float32 else tensor.element_size())
-        for tensor in (*module.parameters(), *module.buffers())
-    )
+    """Of a module that is only read, in its own types; where the run is in bf16 its fp32 weights are too. What shares
+    memory is there once."""
+    memory = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        memory[storage._cdata] = storage.nbytes() // (2 if half and tensor.dtype == torch.float32 else 1)
+    return sum(memory.values())
 
 
 def layer_bytes(modules: Sequence[nn.Module]) -> int:
@@ -252,28 +258,32 @@ def layer_bytes(modules: Sequence[nn.Module]) -> int:
 
 
 class Lives(TorchDispatchMode):
-    """Follows every storage that is made while the mode is on; those of `known` tensors are not counted."""
+    """Follows every storage that is made while the mode is on; those of `known` tensors are not counted. What is made
+    in fp32 counts half with `half`, for a run that makes it in bf16."""
 
-    def __init__(self, known: Sequence[Tensor]):
+    def __init__(self, known: Sequence[Tensor], half: bool = False):
         super().__init__()
+        self.half = half
         self.alive: dict[int, int] = {tensor.untyped_storage()._cdata: -1 for tensor in known}  # number of a storage
-        self.sizes: list[int] = []  # bytes, by number
+        self.sizes: list[int] = []  # bytes that count, by number
+        self.whole: list[int] = []  # all bytes
         self.events: list[tuple[int, int]] = []  # number, and 1 for its birth or -1 for its end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
+                self._meet(tensor.untyped_storage(), tensor.dtype)
         return result
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _meet(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
         key = storage._cdata
         if key in self.alive:
             return
         number = len(self.sizes)
         self.alive[key] = number
-        self.sizes.append(storage.nbytes())
+        self.sizes.append(storage.nbytes() // (2 if self.half and dtype == torch.float32 else 1))
+        self.whole.append(storage.nbytes())
         self.events.append((number, 1))
         weakref.finalize(storage, self._leave, key)
 
@@ -314,6 +324,7 @@ def followed(
     modules: Sequence[nn.Module],
     accumulates: bool = False,
     frozen: nn.Module | None = None,
+    half: bool = False,
 ) -> Followed:
     """Follow a forward pass and its backward pass.
 
@@ -322,10 +333,11 @@ def followed(
         modules: all that take part; their weights are there already, and their gradients are told from activations.
         accumulates: follow two of both, which add up their gradients.
         frozen: module that does not learn meanwhile.
+        half: what is computed in fp32 here will be in bf16; gradients of weights stay what they are.
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
     resting = [parameter for parameter in (frozen.parameters() if frozen else ()) if parameter.requires_grad]
-    lives = Lives([*parameters, *(buffer for module in modules for buffer in module.buffers())])
+    lives = Lives([*parameters, *(buffer for module in modules for buffer in module.buffers())], half)
     for parameter in resting:
         parameter.requires_grad_(False)
     # Replaced, because a mode of torch's would not reach what a backward pass computes again.
@@ -341,7 +353,8 @@ def followed(
     # All that is left.
     own = {parameter.grad.untyped_storage()._cdata for parameter in parameters if parameter.grad is not None}
     gradients = {number for key, number in lives.alive.items() if key in own}
-    events = [(lives.sizes[number] * sign, number in gradients) for number, sign in lives.events]
+    sizes = [lives.whole[number] if number in gradients else size for number, size in enumerate(lives.sizes)]
+    events = [(sizes[number] * sign, number in gradients) for number, sign in lives.events]
     for parameter in parameters:
         parameter.grad = None
     return Followed(kept, events)
@@ -363,6 +376,9 @@ def in_words(cost: Cost, *others: Cost) -> str:
         f"  activations {cost.activations / GIB:9.3f} GiB   of {cost.samples} samples",
         f"  peak        {cost.peak / GIB:9.3f} GiB   activations, gradients and temporaries at the fullest moment",
         f"  total       {cost.total / GIB:9.3f} GiB   all but the gradients that make room for activations",
+    ]
+    lines += [f"  host        {cost.host / GIB:9.3f} GiB   weights that wait there, beside the total"] * (cost.host > 0)
+    lines += [
         "operations of one micro-batch",
         f"  {cost.flops / 1e12:.4f} TFLOP; {cost.samples / (cost.flops / 400e12):.1f} samples/s at 400 TFLOP/s",
     ]
@@ -394,12 +410,14 @@ def main() -> None:
     print(in_words(cost, *others))
     give_back_at_once()
     free = free_bytes(torch.device("cpu"))
-    if cost.total > 0.8 * free:
-        print(f"no fake steps: they take {cost.total / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB")
+    # Here the host is the device.
+    taken = cost.total + cost.host
+    if taken > 0.8 * free:
+        print(f"no fake steps: they take {taken / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB")
         return
     fake = fake_steps(args.stage, command.config)
     print(f"2 fake steps on this CPU: {fake.seconds:.2f} s each, {fake.speed}, {fake.held / GIB:.3f} GiB; "
-          f"estimated are {cost.total / fake.held:.2f} times as much")  # fmt: skip
+          f"estimated are {taken / fake.held:.2f} times as much")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -466,12 +484,16 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
         fake = replace(config, batch_tokens=None, curriculum=pictures, text=TextConfig())
         return lambda: (AdversarialStage(fake, latents, *(Restorer(fake.model) for _ in range(2))),
                         {"d": fake.d, "g": fake.g})  # fmt: skip
-    from .lora import AdaptedAdversarialStage, Base, flow_matching
+    from .lora import AdaptedAdversarialStage, Base, flow_matching, players
 
     fake = replace(config, curriculum=pictures, text=TextConfig())
+
+    def adapted(where: str) -> Base:
+        return Base(Restorer(fake.model), fake.lora.base).to(torch.device("cpu"), fake.lora.offload_blocks)
+
     if config.objective == "flow":
-        return lambda: (flow_matching(fake, latents, Base(Restorer(fake.model), fake.lora.base)), {"g": fake.g})
-    return lambda: (AdaptedAdversarialStage(fake, latents, Base(Restorer(fake.model), fake.lora.base)),
+        return lambda: (flow_matching(fake, latents, adapted(fake.init)), {"g": fake.g})
+    return lambda: (AdaptedAdversarialStage(fake, latents, *players(fake, adapted, lambda where: Restorer(fake.model))),
                     {"d": fake.d or fake.g, "g": fake.g})  # fmt: skip
 
 

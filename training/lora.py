@@ -2,7 +2,8 @@
 
 Every linear layer of every block gets an adapter, y = W x + (alpha / r) B A x, of which only A and B are trained: by
 flow matching, or adversarially. In the latter, generator and discriminator are one frozen base with two sets of
-adapters; the discriminator has its readout beside them.
+adapters; the discriminator has its readout beside them. It may also have a base of its own, and the generator train all
+its weights.
 
 peft is not used: our linear layers fuse an activation or a factor with the product, and peft would add to what comes
 after those. Files are in peft's format and names.
@@ -29,21 +30,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seedvr2_core.diffusion.conditioning import with_mask
-from seedvr2_core.errors import CheckpointError
+from seedvr2_core.errors import CheckpointError, SettingError
+from seedvr2_core.memory.streaming import StreamedBlocks
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig, Projection
 from seedvr2_core.models.linear import Activation, Linear, finish, from_fp8, to_fp8
 
 from . import config as configs
 from . import doctor, loop
-from .apt import CURRICULUM, AdversarialStage, DiscConfig, LossConfig, PostTraining, adversarial_workload
+from .apt import (
+    CURRICULUM,
+    SMALL_BATCH,
+    AdversarialStage,
+    DiscConfig,
+    LossConfig,
+    PostTraining,
+    adversarial_workload,
+)
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases
 from .discriminator import Discriminator, Readout, tap_blocks
 from .guards import GuardConfig
 from .parallel import Arranged
-from .pretrain import NANO_DIT, Pretraining, PretrainStage
+from .pretrain import NANO_DIT, Pretraining, PretrainStage, load_run
 from .randomness import key
-from .restorer import Restorer, embeddings
+from .restorer import Restorer, embeddings, for_training
 from .shards import Latents
 from .text import TextConfig, Texts, refuse_bad_targets
 from .weights import base_of, open_restorer
@@ -54,6 +64,7 @@ log = logging.getLogger(__name__)
 CLIP = (6, 64, 64)
 BaseType = Literal["fp32", "bf16", "fp8"]
 Objective = Literal["flow", "apt"]
+Trained = Literal["adapters", "full"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # peft's names of a folder's files, and what it puts in front of a tensor's name.
 ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -66,10 +77,21 @@ class LoraConfig:
     rank: int = setting(32, "r", least=1, frozen=True)
     alpha: float | None = setting(None, "numerator of the strength alpha / r; none: r", least=0)
     base: BaseType = setting("bf16", "type of the frozen weights; fp8: e4m3 with a scale for every row")
+    offload_blocks: int = setting(
+        0, "frozen blocks that wait in host memory; needs run.parallel.activation_checkpoint", least=0
+    )
 
     @property
     def strength(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedDiscConfig(DiscConfig):
+    """The same, and what the discriminator adapts."""
+
+    # APT and SeedVR2 begin with the many-step model, which judges better than the distilled one.
+    base: str | None = setting(None, "run, checkpoint or published name of its frozen weights; none: those of init")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +101,9 @@ class LoraTraining:
     init: str = setting(about="what is adapted: run, checkpoint or published name")
     model: DiTConfig = SEEDVR2_3B
     objective: Objective = setting("apt", "adversarial post-training of a one-step base, or flow matching of another")
+    generator: Trained = setting(
+        "adapters", "adversarial: what of it is trained; the discriminator always has adapters", frozen=True
+    )
     lora: LoraConfig = LoraConfig()
     run: RunConfig
     g: OptimConfig
@@ -90,7 +115,7 @@ class LoraTraining:
     condition_noise: float = setting(0.25, "most noise in the condition", source="RC", least=0, most=1)
     pure_noise: float = setting(0.0, "flow matching: share of samples at pure noise", least=0, most=1)
     loss: LossConfig = LossConfig()
-    disc: DiscConfig = DiscConfig(backward="replay")
+    disc: AdaptedDiscConfig = AdaptedDiscConfig(backward="replay")
     curriculum: tuple[Phase, ...] = setting(CURRICULUM, "adversarial: how samples grow", source="S2")
 
     def __post_init__(self) -> None:
@@ -105,6 +130,8 @@ _RUN = RunConfig(
 _GAN = OptimConfig(lr=2e-5, final_lr=2e-5, betas=(0.0, 0.99), weight_decay=0.0)
 _SHORT = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 17)))
 _MIDDLE = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 21)))
+# Of a generator that trains all its weights: masters in fp32, averages that do not take memory of the device.
+_WHOLE = replace(_RUN, ema_device="cpu", parallel=ParallelConfig(precision="bf16", activation_checkpoint=True))
 # The published 3B and 7B take one step, and stay sharp in it only if what they learn from is adversarial.
 _3B = LoraTraining(init="3b", model=SEEDVR2_3B, run=_RUN, g=_GAN, d=_GAN, curriculum=_MIDDLE)
 _7B = replace(_3B, init="7b", model=SEEDVR2_7B)
@@ -127,11 +154,12 @@ RECIPES = {
     "7b_lora_24gb": replace(_7B, lora=LoraConfig(base="fp8"), curriculum=_SHORT),
     "7b_lora_48gb": _7B,
     "7b_lora_80gb": replace(_7B, lora=LoraConfig(rank=64)),
+    "3b_full_80gb": replace(_3B, generator="full", run=_WHOLE, g=SMALL_BATCH),
     "3b_lora_flow_24gb": _FLOW,
     "7b_lora_flow_24gb": replace(_FLOW, model=SEEDVR2_7B, lora=LoraConfig(base="fp8")),
     "7b_lora_flow_48gb": replace(_FLOW, model=SEEDVR2_7B),
     "nano": replace(
-        _3B, **_NANO, init="nano", batch=8, disc=DiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),)
+        _3B, **_NANO, init="nano", batch=8, disc=AdaptedDiscConfig(), curriculum=(Phase(share=1.0, frames=(1, 5)),)
     ),
     "nano_flow": replace(_FLOW, **_NANO, g=replace(_FLOW.g, lr=5e-4, final_lr=5e-5), batch=16),
 }
@@ -211,12 +239,14 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.weight, ctx.scale = weight, scale
+        # Saved in torch's way, so that a block that is recomputed has the weight that is there then.
+        ctx.save_for_backward(weight, scale)
         return F.linear(x, from_fp8(weight, scale, x.dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ from_fp8(ctx.weight, ctx.scale, gradient.dtype), None, None
+        weight, scale = ctx.saved_tensors
+        return gradient @ from_fp8(weight, scale, gradient.dtype), None, None
 
 
 class Switch:
@@ -252,27 +282,40 @@ class Base:
             parent, _, name = path.rpartition(".")
             restorer.dit.get_submodule(parent).add_module(name, adapted)
             self.layers[path] = adapted
+        self.streamed = StreamedBlocks(restorer.dit.blocks, restorer.device, 0)
 
     @property
     def dit(self) -> DiT:
         return self.restorer.dit
 
-    def to(self, device: torch.device) -> Base:
+    def to(self, device: torch.device, offloaded: int = 0) -> Base:
+        """Move it to a device, but for the weights of so many blocks, which wait in host memory. What reads those with
+        gradients has to recompute its activations, and they come again for that.
+
+        Raises:
+            SettingError: there are not so many blocks.
+        """
+        depth = len(self.dit.blocks)
+        if offloaded > depth:
+            raise SettingError(f"lora.offload_blocks is {offloaded}, and the base has {depth} blocks; choose at most "
+                               "as many.")
+        self.streamed = StreamedBlocks(self.dit.blocks, device, offloaded)
         self.restorer.to(device)
         self.exact_vid_in.to(device)
         return self
 
     def blocks(self, adapters: Adapters | None) -> list[Callable[..., tuple[Tensor, Tensor]]]:
         """The layers of the transformer with a set of adapters, which a backward pass that recomputes them uses too."""
-        return [partial(self._run, adapters, block) for block in self.dit.blocks]
+        return [partial(self._run, adapters, index) for index in range(len(self.dit.blocks))]
 
-    def _run(self, adapters: Adapters | None, block: nn.Module, *args: object) -> tuple[Tensor, Tensor]:
+    def _run(self, adapters: Adapters | None, index: int, *args: object) -> tuple[Tensor, Tensor]:
         with self.switch.use(adapters):
-            return block(*args)
+            return self.streamed.at(index)(*args)
 
     @torch.no_grad()
     def merge(self, adapters: Adapters) -> Restorer:
         """The restorer with the adapters added into its weights, in ordinary layers again. Ends this base."""
+        self.streamed.close()
         for path, layer in self.layers.items():
             merged = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             weight = layer.plain_weight() + adapters.weight_of(path).to(layer.weight.device)
@@ -370,17 +413,66 @@ class AdaptedDiscriminator(Discriminator):
 
 
 class AdaptedAdversarialStage(AdversarialStage):
-    """Adversarial post-training of two sets of adapters on one base."""
+    """Adversarial post-training of two sets of adapters, or of a whole generator and one set."""
 
-    def __init__(self, config: LoraTraining, latents: Latents, base: Base):
+    def __init__(self, config: LoraTraining, latents: Latents, generator: Base | Restorer, critic: Base):
+        """`critic` is what the discriminator adapts; it may be the generator's base. A `Restorer` is trained in place.
+
+        Raises:
+            CheckpointError: generator and discriminator cannot be shown the same.
+        """
+        refuse_misfit(generator.dit.config, critic.dit.config)
         self.config, self.latents = post_training(config), latents
         check_phases(self.config.curriculum, latents.shapes)
         torch.manual_seed(key(config.run.seed, "lora/adapters"))
-        self.generator = AdaptedRestorer(base, config.lora)
-        self.discriminator = AdaptedDiscriminator(base, config.lora)
-        self.prompt = base.restorer.prompt.detach()
+        adapts = isinstance(generator, Base)
+        self.generator = AdaptedRestorer(generator, config.lora) if adapts else for_training(generator)
+        self.discriminator = AdaptedDiscriminator(critic, config.lora)
+        self.prompt = critic.restorer.prompt.detach()
         self.texts = Texts.of_run(config.text, self.generator, latents, config.run.seed)
         self.modules = {"d": self.discriminator, "g": self.generator}
+
+
+def refuse_misfit(generator: DiTConfig, critic: DiTConfig) -> None:
+    """Refuse a discriminator that cannot be shown what the generator makes; its size does not matter.
+
+    Raises:
+        CheckpointError: it takes other latents or texts.
+    """
+    (ours, our_texts), (theirs, their_texts) = ((each.out_channels, each.text_dim) for each in (generator, critic))
+    if (ours, our_texts) != (theirs, their_texts):
+        raise CheckpointError(f"disc.base takes latents of {theirs} channels and texts {their_texts} wide, and the "
+                              f"generator those of {ours} channels and {our_texts} wide; name a model for the same.")
+
+
+def players(
+    config: LoraTraining, adapted: Callable[[str], Base], whole: Callable[[str], Restorer]
+) -> tuple[Base | Restorer, Base]:
+    """What generator and discriminator are made of.
+
+    Args:
+        config: of the run.
+        adapted: opens a base, by its name.
+        whole: opens a generator that is trained as a whole.
+    """
+    if config.generator == "full":
+        return whole(config.init), adapted(config.disc.base or config.init)
+    base = adapted(config.init)
+    return base, base if config.disc.base is None else adapted(config.disc.base)
+
+
+def refuse_contradictions(config: LoraTraining) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        SettingError: naming them.
+    """
+    if config.objective == "flow" and (config.generator == "full" or config.disc.base is not None):
+        raise SettingError("generator=full and disc.base are for objective=apt; flow matching has no discriminator, "
+                           "and of all weights it is training.pretrain.")
+    if config.lora.offload_blocks and not config.run.parallel.activation_checkpoint:
+        raise SettingError(f"lora.offload_blocks is {config.lora.offload_blocks}, and without recomputation the "
+                           "backward pass wants all blocks at once; set run.parallel.activation_checkpoint=true.")
 
 
 def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> PretrainStage:
@@ -396,9 +488,9 @@ def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> Pretrai
 
 def post_training(config: LoraTraining) -> PostTraining:
     return PostTraining(
-        model=config.model, run=config.run, g=config.g, d=config.d or config.g, pretrained=config.init,
-        distilled=config.init, loss=config.loss, disc=config.disc, curriculum=config.curriculum, batch=config.batch,
-        text=config.text, condition_noise=config.condition_noise,
+        model=config.model, run=config.run, g=config.g, d=config.d or config.g, distilled=config.init,
+        pretrained=config.disc.base or config.init, loss=config.loss, disc=config.disc, curriculum=config.curriculum,
+        batch=config.batch, text=config.text, condition_noise=config.condition_noise,
     )  # fmt: skip
 
 
@@ -476,24 +568,45 @@ def merged(run: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device:
 
 
 def workload(config: LoraTraining) -> doctor.Workload:
-    """What the doctor estimates: the frozen base as a helper, in the type it has in training; and a pass with gradients
-    of each set of adapters."""
-    restorer = doctor.on_meta(lambda: Restorer(config.model))
+    """What the doctor estimates: frozen bases as helpers, in the type they have in training, and a pass with gradients
+    of what is trained. A discriminator's base is taken to be of the generator's size.
+
+    Raises:
+        SettingError: the settings do not go together.
+    """
+    refuse_contradictions(config)
+    bases: list[Base] = []
+
+    def adapted(where: str) -> Base:
+        with torch.device("meta"):
+            base = Base(Restorer(config.model), config.lora.base)
+        bases.append(base.to(torch.device("meta"), config.lora.offload_blocks))
+        return base
+
+    generator, critic = players(config, adapted, lambda where: doctor.on_meta(lambda: Restorer(config.model)))
+    sample = doctor.DEFAULT_SAMPLE if config.model == NANO_DIT else CLIP
+    x, u = torch.empty(config.batch, 16, *sample, device="meta"), torch.empty(config.batch, device="meta")
     with torch.device("meta"):
-        base = Base(restorer, config.lora.base)
-        adapted = AdaptedRestorer(base, config.lora)
-        x = torch.empty(config.batch, 16, *(doctor.DEFAULT_SAMPLE if config.model == NANO_DIT else CLIP))
-        u = torch.empty(config.batch)
+        trained = AdaptedRestorer(generator, config.lora) if isinstance(generator, Base) else generator
+        judge = AdaptedDiscriminator(critic, config.lora)
+    helpers = {"base" if base is generator else "disc base": base.restorer for base in bases}
     if config.objective == "flow":
-        return doctor.Workload(
-            trained={"g": (adapted, config.g)},
-            helpers={"base": restorer},
-            forward=lambda: adapted.velocity(x, x, u).square().mean(),
+        asked = doctor.Workload(
+            trained={"g": (trained, config.g)},
+            helpers=helpers,
+            forward=lambda: trained.velocity(x, x, u).square().mean(),
             assists=lambda: None,
             samples=config.batch,
         )
-    critic = doctor.on_meta(lambda: AdaptedDiscriminator(base, config.lora))
-    return adversarial_workload(post_training(config), adapted, critic, x, restorer.prompt.detach(), {"base": restorer})
+    else:
+        prompt = critic.restorer.prompt.detach()
+        asked = adversarial_workload(post_training(config), trained, judge, x, prompt, helpers)
+    return replace(asked, host=sum(base.streamed.host_bytes for base in bases))
+
+
+def open_base(where: str, config: LoraConfig, device: torch.device) -> Base:
+    """The frozen base of a run, checkpoint or published model; raises as `open_restorer` and `Base.to`."""
+    return Base(open_restorer(where, DTYPES[config.base]), config.base).to(device, config.offload_blocks)
 
 
 def main() -> None:
@@ -502,19 +615,23 @@ def main() -> None:
     if command.dry_run:
         print(doctor.estimate(config, workload(config)))
         return
+    refuse_contradictions(config)
     session = loop.open_session(command, config)
-    base = Base(open_restorer(config.init, DTYPES[config.lora.base]), config.lora.base).to(session.processes.device)
+    adapted = partial(open_base, config=config.lora, device=session.processes.device)
     latents = Latents(command.data, config.run.seed)
     if config.objective == "apt":
-        stage = AdaptedAdversarialStage(loop.resolved(config, session), latents, base)
+        both = players(config, adapted, partial(load_run, config=config.model))
+        stage = AdaptedAdversarialStage(loop.resolved(config, session), latents, *both)
         optims = {"d": config.d or config.g, "g": config.g}
     else:
-        stage, optims = flow_matching(loop.resolved(config, session), latents, base), {"g": config.g}
-    adapted = loop.run(stage, config, optims, command.out, session)
+        stage, optims = flow_matching(loop.resolved(config, session), latents, adapted(config.init)), {"g": config.g}
+    trained = loop.run(stage, config, optims, command.out, session)
     if session.processes.first:
-        save_adapters(command.out / "adapter", adapted.adapters, config.lora, config.init)
-        log.info("The adapters are in %s; merge them with: python -m training.export --run %s --out model.safetensors",
-                 command.out / "adapter", command.out)  # fmt: skip
+        if isinstance(trained, AdaptedRestorer):
+            save_adapters(command.out / "adapter", trained.adapters, config.lora, config.init)
+            log.info("The adapters are in %s.", command.out / "adapter")
+        log.info("For one file with all weights: python -m training.export --run %s --out model.safetensors",
+                 command.out)  # fmt: skip
 
 
 if __name__ == "__main__":

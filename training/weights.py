@@ -121,9 +121,12 @@ def build_restorer(run: Path, tensors: Mapping[str, Tensor]) -> Restorer:
 
 
 def base_of(saved: Mapping[str, Any]) -> str | None:
-    """What a run of `training.lora` adapts, by its saved config; None: it is a run of another stage."""
+    """What a run of `training.lora` adapts, by its saved config; None: it is a run of another stage, or its generator
+    was trained as a whole."""
+    if "lora" not in saved or saved.get("generator") == "full":
+        return None
     # Older runs call it base.
-    return saved.get("init", saved.get("base")) if "lora" in saved else None
+    return saved.get("init", saved.get("base"))
 
 
 def open_negative(where: str | Path) -> Tensor | None:

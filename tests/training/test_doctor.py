@@ -177,6 +177,46 @@ def test_adversarial_adapters_cost_two_sets_on_one_base(tiny_dit):
     assert flow.helpers == game.helpers and game.states > 2 * flow.states and game.peak > flow.peak
 
 
+def test_offloaded_blocks_take_two_places_of_the_device_and_wait_on_the_host(tiny_dit):
+    recipe = lora.RECIPES["3b_lora_24gb"]
+    recipe = replace(recipe, model=replace(tiny_dit, depth=8, separate_layers=8), batch=1)
+
+    def cost(blocks: int) -> doctor.Cost:
+        config = replace(recipe, lora=replace(recipe.lora, offload_blocks=blocks))
+        return doctor.measure(config, lora.workload(config))
+
+    none, six, eight = cost(0), cost(6), cost(8)
+    block = doctor.count(Restorer(recipe.model).dit.blocks[0]) * 2
+    assert (none.host, none.peak) == (0, eight.peak)
+    # A buffer's parts begin at multiples of 256 bytes.
+    assert six.host == pytest.approx(6 * block, rel=0.1) and eight.host == pytest.approx(8 * block, rel=0.1)
+    assert none.helpers - six.helpers == pytest.approx((6 - 2) * block, rel=0.1)
+    assert six.helpers - eight.helpers == pytest.approx(2 * block, rel=0.1)
+    assert "host" in doctor.in_words(six) and "host" not in doctor.in_words(none)
+
+
+def test_a_whole_generator_is_counted_and_a_discriminators_base_beside_it(tiny_dit):
+    recipe = replace(lora.RECIPES["nano"], model=tiny_dit, batch=2)
+    changes = ({}, {"disc": replace(recipe.disc, base="other")}, {"generator": "full"})
+    configs = (replace(recipe, **change) for change in changes)
+    adapters, apart, full = (doctor.measure(config, lora.workload(config)) for config in configs)
+    weights = doctor.count(Restorer(tiny_dit))
+    assert apart.helpers == 2 * adapters.helpers == 2 * full.helpers and apart.states == adapters.states
+    assert full.parameters["g"] == weights
+    assert full.states - adapters.states == 20 * (weights - adapters.parameters["g"])
+
+
+def test_what_a_bf16_base_computes_is_not_halved_again_in_a_bf16_run(tiny_dit):
+    recipe = replace(lora.RECIPES["3b_lora_flow_24gb"], model=replace(tiny_dit, dim=64, mlp_hidden=128), batch=1)
+    parallel = replace(recipe.run.parallel, precision="bf16", activation_checkpoint=False)
+    config = replace(recipe, run=replace(recipe.run, parallel=parallel))
+    plain = replace(config, run=replace(config.run, parallel=replace(parallel, precision="fp32")))
+    half, whole = (doctor.measure(each, lora.workload(each)).activations for each in (config, plain))
+    exact = replace(config, lora=replace(config.lora, base="fp32"))
+    assert half > 0.8 * whole
+    assert half == pytest.approx(doctor.measure(exact, lora.workload(exact)).activations, rel=0.2)
+
+
 def test_replay_needs_no_more_than_the_generators_half(tiny_dit):
     recipe = replace(apt.RECIPES["nano"], model=tiny_dit, batch=2)
     joint = doctor.measure(recipe, apt.workload(recipe))

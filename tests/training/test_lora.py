@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from seedvr2_core.errors import CheckpointError
+from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
-from training import loop
+from tests.training.toys import in_processes, untimed
+from training import config as configs
+from training import export, journal, loop, lora, state
 from training.config import OptimConfig, ParallelConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import tap_blocks
@@ -20,6 +25,7 @@ from training.lora import (
     ADAPTER_FILE,
     RECIPES,
     AdaptedAdversarialStage,
+    AdaptedDiscConfig,
     AdaptedDiscriminator,
     AdaptedRestorer,
     Adapters,
@@ -28,12 +34,17 @@ from training.lora import (
     LoraTraining,
     flow_matching,
     load_adapters,
+    open_base,
+    players,
+    refuse_contradictions,
     save_adapters,
 )
-from training.parallel import Layers
+from training.parallel import Layers, Processes, connect
+from training.pretrain import RECIPES as PRETRAIN_RECIPES
+from training.pretrain import load_run
 from training.restorer import Restorer
 from training.shards import Latents
-from training.weights import NAMES
+from training.weights import NAMES, open_restorer
 
 SMALL = LoraConfig(rank=4, alpha=8.0, base="fp32")
 RUN = RunConfig(steps=2, save_every=1, validate_every=2, async_save=False)
@@ -228,13 +239,201 @@ def test_flow_matching_trains_adapters_and_resumes_to_the_bit(restorer, config, 
 def test_adversarial_training_moves_both_sets_and_leaves_the_base(restorer, config, shard_latents, tmp_path):
     before = {name: tensor.clone() for name, tensor in restorer.state_dict().items()}
     base = Base(restorer)
-    stage = AdaptedAdversarialStage(config, shard_latents, base)
+    stage = AdaptedAdversarialStage(config, shard_latents, base, base)
     starts = {name: [p.clone() for p in module.parameters()] for name, module in stage.modules.items()}
     loop.run(stage, config, {"d": RATE, "g": RATE}, tmp_path)
     for name, module in stage.modules.items():
         assert any(not torch.equal(p, start) for p, start in zip(module.parameters(), starts[name], strict=True)), name
     after = base.restorer.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# Blocks that wait in host memory.
+
+
+def deep(tiny_dit, seed: int = 0, depth: int = 5) -> Restorer:
+    """A restorer of several blocks in which everything matters."""
+    torch.manual_seed(seed)
+    restorer = Restorer(replace(tiny_dit, depth=depth))
+    for parameter in restorer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return restorer
+
+
+def both_halves(config: LoraTraining, latents: Latents, *made_of: Base | Restorer) -> Mapping[str, object]:
+    """What both halves of a step log, and all gradients they leave."""
+    stage = AdaptedAdversarialStage(config, latents, *made_of)
+    torch.manual_seed(1)
+    found = {}
+    for module in stage.modules.values():
+        trained(module).layers = Layers(recompute=True)
+    for name, module in stage.modules.items():
+        found[name] = untimed(stage.backward(name, 0, 0, 1.0))
+        found |= {f"{name}/{key}": p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("backward", ["joint", "replay"])
+@pytest.mark.parametrize(("dtype", "offloaded"), [("fp32", 1), ("fp32", 2), ("fp32", 5), ("bf16", 3), ("fp8", 4)])
+def test_13_offloaded_blocks_change_nothing_to_the_bit(tiny_dit, config, shard_latents, dtype, offloaded, backward):
+    config = replace(config, lora=replace(SMALL, base=dtype), disc=AdaptedDiscConfig(backward=backward))
+
+    def results(count: int) -> Mapping[str, object]:
+        base = Base(deep(tiny_dit), dtype).to(torch.device("cpu"), count)
+        return both_halves(config, shard_latents, base, base)
+
+    expected, found = results(0), results(offloaded)
+    assert expected.keys() == found.keys() and any(name.startswith("g/adapters") for name in found)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name], name
+
+
+def test_offloaded_blocks_share_two_places_and_are_merged_all_the_same(tiny_dit, inputs):
+    inputs = [tensor.double() for tensor in inputs]
+    merged = []
+    for offloaded in (0, 4):
+        base = Base(deep(tiny_dit)).to(torch.device("cpu"), offloaded)
+        memory = {p.untyped_storage().data_ptr() for path, p in base.dit.blocks.named_parameters() if "weight" in path}
+        torch.manual_seed(1)
+        adapted = trained(AdaptedRestorer(base, SMALL))
+        with torch.no_grad():
+            adapted.velocity(*(tensor.float() for tensor in inputs))
+        merged.append(base.merge(adapted.adapters).double().velocity(*inputs))
+        if offloaded:
+            # The fourth block stays, and has its own.
+            assert len(memory) == 2 + sum(1 for path, _ in base.dit.blocks[3].named_parameters() if "weight" in path)
+    assert torch.equal(*merged)
+
+
+def test_gradients_through_overwritten_blocks_are_refused_and_never_wrong(tiny_dit, inputs):
+    adapted = trained(AdaptedRestorer(Base(deep(tiny_dit)).to(torch.device("cpu"), 5), SMALL))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        adapted.velocity(*inputs).square().mean().backward()
+
+
+def test_more_blocks_than_there_are_cannot_wait(restorer):
+    with pytest.raises(SettingError, match=r"lora\.offload_blocks is 3, and the base has 2 blocks"):
+        Base(restorer).to(torch.device("cpu"), 3)
+
+
+# A discriminator's own base, and a generator without one.
+
+
+def test_a_base_of_its_own_changes_the_discriminator_and_not_where_the_generator_starts(
+    tiny_dit, config, shard_latents, inputs
+):
+    base, other = Base(deep(tiny_dit)), Base(deep(tiny_dit, seed=1, depth=3))
+    shared = AdaptedAdversarialStage(config, shard_latents, base, base)
+    apart = AdaptedAdversarialStage(config, shard_latents, Base(deep(tiny_dit)), other)
+    starts = shared.generator.state_dict()
+    assert all(torch.equal(tensor, starts[name]) for name, tensor in apart.generator.state_dict().items())
+    assert torch.equal(apart.generator.velocity(*inputs), shared.generator.velocity(*inputs))
+    samples = [stage.draw("d", 0, 0) for stage in (shared, apart)]
+    judged = [stage._judge(sample.real, sample)[1][-1] for stage, sample in zip((shared, apart), samples, strict=True)]
+    assert torch.equal(apart.prompt, other.restorer.prompt) and not torch.allclose(*judged)
+    before = {name: tensor.clone() for name, tensor in other.restorer.state_dict().items()}
+    for half in ("d", "g"):
+        apart.backward(half, 0, 0, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.restorer.state_dict().items())
+
+
+def test_who_plays_with_which_weights(config):
+    named = replace(config, init="own", disc=AdaptedDiscConfig(base="other"))
+    for changes, expected in [
+        (replace(named, disc=AdaptedDiscConfig()), (["base own"], ["base own"])),
+        (named, (["base own"], ["base other"])),
+        (replace(named, generator="full"), (["all of own"], ["base other"])),
+        (replace(named, generator="full", disc=AdaptedDiscConfig()), (["all of own"], ["base own"])),
+    ]:
+        generator, critic = players(changes, lambda where: [f"base {where}"], lambda where: [f"all of {where}"])
+        assert (generator, critic) == expected
+        assert (generator is critic) == (generator == critic)
+
+
+def test_a_discriminator_that_cannot_be_told_the_same_is_refused(tiny_dit, config, shard_latents):
+    base, other = Base(deep(tiny_dit)), Base(Restorer(replace(tiny_dit, text_dim=40)))
+    with pytest.raises(CheckpointError, match="texts 40 wide, and the generator those of 16 channels and 24 wide"):
+        AdaptedAdversarialStage(config, shard_latents, base, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora": replace(SMALL, offload_blocks=2)}, r"set run\.parallel\.activation_checkpoint=true"),
+        ({"objective": "flow", "generator": "full"}, r"of all weights it is training\.pretrain"),
+        ({"objective": "flow", "disc": AdaptedDiscConfig(base="nano")}, "flow matching has no discriminator"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config, changes, sentence):
+    refuse_contradictions(config)
+    wrong = replace(config, **changes)
+    for refuses in (refuse_contradictions, lora.workload):
+        with pytest.raises(SettingError, match=sentence):
+            refuses(wrong)
+
+
+@pytest.fixture
+def start(tiny_dit, tmp_path) -> Path:
+    """A run of a stage before."""
+    folder = tmp_path / "start"
+    state.save_averaged(folder, 1, deep(tiny_dit, depth=2).state_dict(), Processes())
+    state.write_whole(folder / configs.CONFIG_FILE, configs.to_yaml(replace(PRETRAIN_RECIPES["nano"], model=tiny_dit)))
+    return folder
+
+
+def train(config: LoraTraining, latents: Latents, directory: Path, init_method: str = "", **session) -> nn.Module:
+    processes = connect(config.run.parallel, torch.device("cpu"), init_method)
+    adapted = partial(open_base, config=config.lora, device=torch.device("cpu"))
+    both = players(config, adapted, partial(load_run, config=config.model))
+    stage = AdaptedAdversarialStage(config, latents, *both)
+    optims = {"d": config.d, "g": config.g}
+    return loop.run(stage, config, optims, directory, loop.Session(**session, processes=processes))
+
+
+@pytest.fixture
+def whole(config, start) -> LoraTraining:
+    """All weights of the generator, against adapters on a copy in bf16 that waits in host memory."""
+    run = replace(RUN, steps=6, save_every=3, validate_every=6, parallel=ParallelConfig(activation_checkpoint=True))
+    small = replace(SMALL, base="bf16", offload_blocks=2)
+    return replace(config, init=str(start), generator="full", lora=small, run=run)
+
+
+def test_a_whole_generator_resumes_to_the_bit_and_is_exported_as_it_is(whole, shard_latents, tmp_path, inputs):
+    train(whole, shard_latents, tmp_path / "six")
+    with pytest.raises(loop.Preempted):
+        train(whole, shard_latents, tmp_path / "halves", most_steps=3)
+    train(whole, shard_latents, tmp_path / "halves")
+    for what in ("ema", "raw"):
+        once, again = (export.read(tmp_path / name, what=what) for name in ("six", "halves"))
+        assert "prompt" in once and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    kinds = ("d_loss", "g_loss", "d_grad_norm")
+    once, again = (
+        [[row[kind] for kind in kinds] for row in journal.read(tmp_path / name / journal.METRICS)]
+        for name in ("six", "halves")
+    )
+    assert once == again and len(once) == 6
+    export.export(tmp_path / "six", tmp_path / "model.safetensors", dtype=torch.float32)
+    exported, run, before = (open_restorer(where) for where in (tmp_path / "model.safetensors", tmp_path / "six",
+                                                                whole.init))  # fmt: skip
+    assert exported.state_dict().keys() == before.state_dict().keys()
+    torch.testing.assert_close(exported.velocity(*inputs), run.velocity(*inputs))
+    moved = [name for name, tensor in run.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])]
+    assert len(moved) > 10 and "prompt" not in moved
+
+
+def train_in_bf16(config, folder, directory, init_method):
+    train(config, Latents(folder, seed=0), directory, init_method)
+
+
+def test_a_whole_generator_trains_in_bf16(whole, latents_folder, tmp_path):
+    parallel = replace(whole.run.parallel, precision="bf16")
+    config = replace(whole, run=replace(whole.run, steps=2, save_every=2, validate_every=2, parallel=parallel))
+    in_processes(1, train_in_bf16, tmp_path / "work", config, latents_folder, tmp_path / "run")
+    raw = export.read(tmp_path / "run", what="raw")
+    before, name = open_restorer(whole.init).state_dict(), "dit.blocks.0.attn.proj_qkv.vid.weight"
+    assert all(tensor.dtype == torch.float32 for tensor in raw.values())
+    assert not torch.equal(raw[name], before[name])
 
 
 @pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)

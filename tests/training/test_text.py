@@ -10,13 +10,13 @@ from torch import nn
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from training import distill, loop, pretrain
-from training.apt import AdversarialStage, DiscConfig, PostTraining
+from training.apt import AdversarialStage, PostTraining
 from training.buckets import Deal
 from training.config import OptimConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import Discriminator
 from training.distill import Distillation, HalvingStage
-from training.lora import AdaptedAdversarialStage, Base, LoraConfig, LoraTraining, flow_matching
+from training.lora import AdaptedAdversarialStage, AdaptedDiscConfig, Base, LoraConfig, LoraTraining, flow_matching
 from training.pretrain import Pretraining, PretrainStage
 from training.restorer import Restorer
 from training.shards import HELD_OUT, Latents, Pair, build_index, write_shard
@@ -281,11 +281,12 @@ def alive(module: nn.Module) -> nn.Module:
 
 def adversarial(kind: str, tiny_dit, latents, text: TextConfig, backward: str = "joint") -> AdversarialStage:
     common = {"model": tiny_dit, "run": RunConfig(steps=4), "g": OPTIM, "d": OPTIM, "batch": 8, "text": text,
-              "disc": DiscConfig(backward=backward), "curriculum": (Phase(share=1.0, frames=(1,)),)}  # fmt: skip
+              "disc": AdaptedDiscConfig(backward=backward), "curriculum": (Phase(share=1.0, frames=(1,)),)}  # fmt: skip
     restorer = alive(Restorer(tiny_dit))
     if kind == "lora":
         config = LoraTraining(**common, init="unused", objective="apt", lora=LoraConfig(rank=2, base="fp32"))
-        return AdaptedAdversarialStage(config, latents, Base(restorer))
+        base = Base(restorer)
+        return AdaptedAdversarialStage(config, latents, base, base)
     config = PostTraining(**common, pretrained="unused", distilled="unused")
     return AdversarialStage(config, latents, restorer, alive(Restorer(tiny_dit)))
 
