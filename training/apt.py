@@ -25,7 +25,7 @@ from seedvr2_core.video.geometry import LATENT_FRAMES, Grid
 
 from . import doctor, loop, losses
 from .buckets import BATCH_TOKENS, Deal
-from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, ONE_GPU_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .discriminator import Discriminator
 from .guards import GuardConfig
@@ -140,6 +140,15 @@ RECIPES = {
     ),
     "3b": _3B,
     "7b": replace(_3B, model=SEEDVR2_7B, pretrained="7b", distilled="7b"),
+    # All weights of both on one GPU, up to 49 frames of 720p.
+    "3b_80gb": replace(
+        _3B,
+        run=replace(ONE_GPU_RUN, keep_averaged_every=1000),
+        g=replace(SMALL_BATCH, kind="adamw8bit"),
+        d=replace(SMALL_BATCH, kind="adamw8bit"),
+        curriculum=(*CURRICULUM[:3], replace(CURRICULUM[3], frames=(1, 21, 49))),
+        batch_tokens=46_800,
+    ),
 }
 
 
@@ -359,7 +368,7 @@ def load_stage(config: PostTraining, latents: Latents) -> AdversarialStage:
 
 def workload(config: PostTraining, sample: Grid | None = None) -> doctor.Workload:
     """Both halves of a step, for the estimate; `sample` is the size of a latent."""
-    sample = sample or Grid(*(doctor.DEFAULT_SAMPLE if config.batch_tokens is None else doctor.LARGEST_SAMPLE))
+    sample = sample or Grid(*doctor.sample_of(config))
     generator = doctor.on_meta(lambda: Restorer(config.model))
     discriminator = doctor.on_meta(lambda: Discriminator(config.model))
     x = torch.empty(deal_of(config).size(sample), 16, *sample, device="meta")

@@ -23,7 +23,7 @@ from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
 from . import doctor, loop, state
-from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, ONE_GPU_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .guards import GuardConfig, Guards
 from .journal import timed
 from .pretrain import NANO_DIT, cost, draw_batch, load_run, noised_condition
@@ -114,6 +114,12 @@ RECIPES |= {
         teacher_model=SEEDVR2_7B,
         student=Path("runs/pretrain"),
     ),
+}
+_ONE_GPU = {"run": replace(ONE_GPU_RUN, steps=10_000), "optim": replace(_3B.optim, kind="adamw8bit")}
+RECIPES |= {
+    # 49 frames of 720p, and 21: the teacher needs room, too.
+    "3b_48gb": replace(_3B, **_ONE_GPU, batch_tokens=46_800),
+    "7b_80gb": replace(_7B, **_ONE_GPU, batch_tokens=21_600),
 }
 
 

@@ -35,10 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seedvr2_core.device import free_bytes
 from seedvr2_core.models.dit import Block
+from seedvr2_core.video.geometry import PATCH
 
 from .config import OptimConfig, ParallelConfig, parse_command, run_main, to_yaml
 from .journal import METRICS, read
-from .parallel import WORLD, Arranged, Layers, Processes, weight_parts
+from .parallel import WORLD, Arranged, Layers, Processes, halve, weight_parts
 from .restorer import Restorer
 
 GIB = 2**30
@@ -46,16 +47,17 @@ LONG_WAY = F.scaled_dot_product_attention
 STATUS = Path("/proc/self/status")
 # glibc's number of the size from which an allocation is a mapping of its own, and the size.
 MMAP_THRESHOLD, OWN_MAPPING = -3, 1 << 16
-# Bytes of optimiser state a parameter, in fp32.
-OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
+# Bytes of optimiser state a parameter, in fp32; of 8 bits, with an fp32 scale for each 256.
+OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4, "adamw8bit": 2 * (1 + 4 / 256)}
 # Where a stage takes more than this in each process, the estimate says what it takes on a machine of so many cards.
 CARD_BYTES, CARDS = 80 * 2**30, 8
 # A backward pass does twice the operations of the forward pass; with recomputation the forward pass runs once more.
 BACKWARD = 2
 # Latent t h w that a restorer is costed on: the 192 x 192 pictures of nano. Others are given in its place.
 DEFAULT_SAMPLE = (1, 24, 24)
-# And where a recipe counts in tokens: 97 frames of 720p, the 90 000 tokens of the paper's batch.
-LARGEST_SAMPLE = (25, 90, 160)
+# And where a recipe counts in tokens: as many latent frames of 720p as they are.
+FRAME_720P = (90, 160)
+TOKENS_720P = 90 * 160 // PATCH**2
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,16 @@ class Cost:
         return self.states - self.gradients + self.helpers + self.peak
 
 
+def sample_of(config: Any) -> tuple[int, int, int]:
+    """Latent t h w that a stage is costed on: 97 frames of 720p for the 90 000 tokens of the paper's batch."""
+    if config.batch_tokens is None:
+        return DEFAULT_SAMPLE
+    return (max(1, config.batch_tokens // TOKENS_720P), *FRAME_720P)
+
+
 def of_restorer(config: Any, sample: tuple[int, int, int] | None = None) -> Workload:
     """Flow matching: one pass with gradients."""
-    sample = sample or (DEFAULT_SAMPLE if config.batch_tokens is None else LARGEST_SAMPLE)
+    sample = sample or sample_of(config)
     restorer = on_meta(lambda: Restorer(config.model))
     x, u = torch.empty(config.batch, 16, *sample, device="meta"), torch.empty(config.batch, device="meta")
     return Workload(
@@ -108,7 +117,7 @@ def of_restorer(config: Any, sample: tuple[int, int, int] | None = None) -> Work
 
 def of_distillation(config: Any, sample: tuple[int, int, int] | None = None) -> Workload:
     """One pass of the student, and two of the teacher, four where it is guided."""
-    sample = sample or (DEFAULT_SAMPLE if config.batch_tokens is None else LARGEST_SAMPLE)
+    sample = sample or sample_of(config)
     own = of_restorer(config, sample)
     teacher = on_meta(lambda: Restorer(config.teacher_model or config.model)).requires_grad_(False)
     x, u = torch.empty(config.batch, 16, *sample, device="meta"), torch.empty(config.batch, device="meta")
@@ -163,6 +172,9 @@ def costs(config: Any, workload: Workload) -> list[Cost]:
         SettingError: they cannot share the run as its config says.
     """
     parallel = config.run.parallel
+    if parallel.precision == "pure_bf16":
+        for module in modules_of(workload):
+            halve(module)
     world = processes_of(parallel)
     micros = Processes(world=world, config=parallel).micros(config.run.micro_batches)
     half = parallel.precision == "bf16"
@@ -196,8 +208,9 @@ def share(config: Any, workload: Workload, counted: Passes, processes: int) -> C
     shards = weight_parts(parallel, processes)
     half = parallel.precision == "bf16"
     learning = {name: count(module, learns=True) for name, (module, _) in workload.trained.items()}
-    states = sum(4 * count(module) for module, _ in trained)
-    states += sum((4 + OPTIMIZER_BYTES[optim.kind]) * learning[name] for name, (_, optim) in workload.trained.items())
+    gradients = sum(weight_bytes(module, learns=True) for module, _ in trained)
+    states = gradients + sum(weight_bytes(module) for module, _ in trained)
+    states += sum(int(OPTIMIZER_BYTES[optim.kind] * learning[name]) for name, (_, optim) in workload.trained.items())
     if config.run.ema_device == "same":
         states += 4 * list(learning.values())[-1]
     helpers = sum(stored_bytes(module, half) for module in workload.helpers.values())
@@ -211,7 +224,7 @@ def share(config: Any, workload: Workload, counted: Passes, processes: int) -> C
             **{name: count(module) for name, module in workload.helpers.items()},
         },
         states=states // shards,
-        gradients=4 * sum(learning.values()) // shards,
+        gradients=gradients // shards,
         helpers=helpers // shards,
         activations=int(counted.halves[0].kept * scale),
         peak=int(peak),
@@ -238,6 +251,11 @@ def count(module: nn.Module, learns: bool = False) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not learns)
 
 
+def weight_bytes(module: nn.Module, learns: bool = False) -> int:
+    """Of the parameters in their own types; with `learns` of those that are trained, and so of their gradients."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not learns)
+
+
 def stored_bytes(module: nn.Module, half: bool) -> int:
     """Of a module that is only read, in its own types; where the run is in bf16 its fp32 weights are too. What shares
     memory is there once."""
@@ -249,9 +267,9 @@ def stored_bytes(module: nn.Module, half: bool) -> int:
 
 
 def layer_bytes(modules: Sequence[nn.Module]) -> int:
-    """fp32 weights of the two largest neighbouring layers: what a sharded module gathers at a time."""
-    layers = [count(part) for module in modules for part in module.modules() if isinstance(part, Block)]
-    return 2 * 4 * max(layers, default=0)
+    """Weights of the two largest neighbouring layers: what a sharded module gathers at a time."""
+    layers = [weight_bytes(part) for module in modules for part in module.modules() if isinstance(part, Block)]
+    return 2 * max(layers, default=0)
 
 
 # Tensors without values, from their birth to their end.
@@ -434,15 +452,18 @@ def fake_steps(name: str, config: Any) -> FakeSteps:
     from . import loop  # it knows the stages, which know this file
 
     run = replace(config.run, steps=2, validate_every=2, preview_every=None, async_save=False, tensorboard=False)
-    run = replace(run, parallel=replace(run.parallel, precision="fp32"), judge=None)
-    config = loop.resolved(replace(config, run=run), loop.Session())
+    # Weights in fp32 have no other type without being sharded.
+    precision = "pure_bf16" if run.parallel.precision == "pure_bf16" else "fp32"
+    run = replace(run, parallel=replace(run.parallel, precision=precision), judge=None)
+    session = loop.Session(processes=Processes(config=ParallelConfig(precision=precision)))
+    config = loop.resolved(replace(config, run=run), session)
     with tempfile.TemporaryDirectory() as folder:
         make = _fake_stage(name, config, Path(folder))
         before = new_peak()
         stage, optims = make()
         # What is read and decoded for a look is not the cost of a step.
         stage.validate = lambda module: {}
-        loop.run(stage, config, optims, Path(folder) / "run")
+        loop.run(stage, config, optims, Path(folder) / "run", session)
         row = read(Path(folder) / "run" / METRICS)[-1]
     unit = "tokens" if "tokens_per_second" in row else "samples"
     return FakeSteps(row["seconds"], f"{row[f'{unit}_per_second']:.4g} {unit}/s", peak_bytes() - before)

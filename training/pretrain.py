@@ -24,7 +24,7 @@ from seedvr2_core.video.geometry import PATCH
 
 from . import doctor, loop
 from .buckets import Deal
-from .config import LARGE_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
+from .config import LARGE_RUN, ONE_GPU_RUN, OptimConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases, phase_at
 from .guards import GuardConfig
 from .journal import timed
@@ -141,6 +141,9 @@ RECIPES |= {
     # As the paper began: random weights, ten times the rate, and samples that grow.
     "7b_scratch": replace(_7B, init=None, optim=replace(_3B.optim, lr=1e-4, final_lr=1e-5), curriculum=GROWTH),
 }
+# All weights on one GPU, which bounds the batch: 49 frames of 720p.
+_ONE_GPU = {"run": ONE_GPU_RUN, "optim": replace(_3B.optim, kind="adamw8bit"), "batch_tokens": 46_800}
+RECIPES |= {"3b_48gb": replace(_3B, **_ONE_GPU), "7b_80gb": replace(_7B, **_ONE_GPU)}
 
 
 def noised_condition(lq: Tensor, seed: int, step: int, most: float, micro: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from seedvr2_core.errors import SettingError
 from tests.training.toys import in_processes
 from training import apt, distill, doctor, lora, pretrain, vae
+from training.config import ParallelConfig
 from training.restorer import Restorer
 
 CLIP_720P = (6, 90, 160)  # latent of 21 frames of 1280 x 720
@@ -133,6 +134,24 @@ def test_fake_steps_take_the_memory_that_was_estimated(config, tmp_path):
     (found,) = in_processes(1, take, tmp_path, {"pretrain": pretraining, "apt": training})
     for name, (estimated, taken) in found.items():
         assert estimated == pytest.approx(taken, rel=0.15), name
+
+
+def test_fake_steps_of_bf16_weights_take_the_memory_that_was_estimated(config, tmp_path):
+    pytest.importorskip("torchao")
+    run = replace(config.run, parallel=ParallelConfig(precision="pure_bf16"))
+    config = replace(config, model=replace(config.model, dim=128, mlp_hidden=256), run=run, batch=32)
+    config = replace(config, optim=replace(config.optim, kind="adamw8bit"))
+    (found,) = in_processes(1, take, tmp_path, {"pretrain": config})
+    estimated, taken = found["pretrain"]
+    assert estimated == pytest.approx(taken, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "card"), [("3b_48gb", 48), ("7b_80gb", 80)])
+def test_a_recipe_for_one_gpu_leaves_room_on_it(name, card):
+    recipe = pretrain.RECIPES[name]
+    cost = doctor.measure(recipe, doctor.of_restorer(recipe))
+    # For fragments of memory, and what CUDA takes itself.
+    assert cost.processes == 1 and cost.total < (card - 8) * 1e9
 
 
 @pytest.mark.parametrize("stage", ["distill", "vae", "lora"])
