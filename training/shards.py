@@ -44,7 +44,7 @@ from torch import Tensor
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.video.geometry import Grid
 
-from .buckets import BatchPlan, Deal, members_of
+from .buckets import BatchPlan, Deal, Members, members_of
 from .config import run_main
 from .data import UNREADABLE_SHARE
 from .randomness import rng
@@ -415,9 +415,24 @@ class Latents:
         self._plans: dict[str, tuple[Deal, BatchPlan]] = {}
 
     @property
+    def members(self) -> list[Members]:
+        """Of every kind of sample, the ids of each latent size that there are to learn from.
+
+        Raises:
+            CheckpointError: all samples are held out.
+        """
+        if not any(self._members):
+            counts = " and ".join(str(len(kind)) for kind in self._kinds)
+            raise CheckpointError(
+                f"There are {counts} pairs of latents, by kind, and the first {HELD_OUT} of each kind are held out for "
+                "validation, so none is left to learn from; precompute more (crops.0.count=100)."
+            )
+        return self._members
+
+    @property
     def shapes(self) -> list[Grid]:
-        """Latent sizes that there is something to learn from."""
-        return sorted({bucket for kind in self._members for bucket in kind})
+        """Latent sizes of what there is to learn from; raises as `members`."""
+        return sorted({bucket for kind in self.members for bucket in kind})
 
     def batch(self, step: int, deal: Deal, micro: int = 0) -> LatentBatch:
         """A micro-batch of the batch of a step, by the plan of `plan` with the same deal.
@@ -434,11 +449,12 @@ class Latents:
         """The plan of all batches.
 
         Raises:
+            CheckpointError: all samples are held out.
             SettingError: no sample has a part in it.
         """
         known = self._plans.get(deal.order)
         if known is None or known[0] != deal:
-            known = self._plans[deal.order] = deal, BatchPlan(self._members, deal, self.seed)
+            known = self._plans[deal.order] = deal, BatchPlan(self.members, deal, self.seed)
         return known[1]
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:

@@ -131,7 +131,16 @@ def test_the_scale_makes_the_variance_of_all_clean_latents_one(folder, latents):
 def test_an_autoencoder_that_has_a_scale_keeps_it(tmp_path):
     write_shard(tmp_path, "image-000000", [("0", pair(0, IMAGE))], SETTINGS)
     build_index(tmp_path, ["image-000000"], scale=0.9152)
-    assert Latents(tmp_path, seed=0).scale == 0.9152
+    assert ShardReader(tmp_path).scale == 0.9152
+
+
+def test_latents_that_are_all_held_out_are_refused(tmp_path):
+    write_shard(tmp_path, "image-000000", [(str(number), pair(number, IMAGE)) for number in range(12)], SETTINGS)
+    build_index(tmp_path, ["image-000000"])
+    latents = Latents(tmp_path, seed=0)
+    for ask in (lambda: latents.shapes, lambda: latents.plan(Deal())):
+        with pytest.raises(CheckpointError, match="There are 12 pairs of latents, by kind, and the first 16 of each"):
+            ask()
 
 
 def test_equal_samples_make_equal_files(folder, tmp_path):
