@@ -474,8 +474,8 @@ def refuse_contradictions(config: LoraTraining) -> None:
         raise SettingError(f"lora.offload_blocks is {config.lora.offload_blocks}, and without recomputation the "
                            "backward pass wants all blocks at once; set run.parallel.activation_checkpoint=true.")
     if config.run.parallel.sp > 1:
-        raise SettingError(f"run.parallel.sp is {config.run.parallel.sp}, and a frozen base takes whole samples; set it "
-                           "to 1: more processes then take more samples.")
+        raise SettingError(f"run.parallel.sp is {config.run.parallel.sp}, and a frozen base takes whole samples; set "
+                           "it to 1: more processes then take more samples.")
 
 
 def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> PretrainStage:

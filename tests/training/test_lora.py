@@ -361,7 +361,7 @@ def test_a_discriminator_that_cannot_be_told_the_same_is_refused(tiny_dit, confi
     ("changes", "sentence"),
     [
         ({"lora": replace(SMALL, offload_blocks=2)}, r"set run\.parallel\.activation_checkpoint=true"),
-        ({"run": replace(RUN, parallel=ParallelConfig(sp=2))}, r"run\.parallel\.sp is 2, and a frozen base takes whole"),
+        ({"run": replace(RUN, parallel=ParallelConfig(sp=2))}, r"a frozen base takes whole samples"),
         ({"objective": "flow", "generator": "full"}, r"of all weights it is training\.pretrain"),
         ({"objective": "flow", "disc": AdaptedDiscConfig(base="nano")}, "flow matching has no discriminator"),
     ],
