@@ -42,9 +42,19 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     fp16 is never chosen: activations of the transformer overflow in it.
     """
     if name != "auto":
+        warn_of_emulation(DTYPES[name], device)
         return DTYPES[name]
     fast = _gpu_has_bf16(device) if device.type == "cuda" else device.type == "cpu" and _cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Say so if this type will be far slower than fp32 on a CPU."""
+    if device.type == "cpu" and dtype.itemsize < 4 and not (dtype == torch.bfloat16 and _cpu_has_bf16()):
+        log.warning(
+            "This CPU has no instructions for %s, and takes 4 to 60 times as long in it; choose fp32",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def _gpu_has_bf16(device: torch.device) -> bool:

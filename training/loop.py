@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from seedvr2_core.device import pick_device
+from seedvr2_core.device import pick_device, warn_of_emulation
 from seedvr2_core.errors import CheckpointError, SettingError
 
 from . import config as configs
@@ -143,6 +143,8 @@ def open_session(command: Command, config: Any) -> Session:
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = local_device(str(pick_device(command.device)))
+    if config.run.parallel.precision != "fp32":
+        warn_of_emulation(torch.bfloat16, device)
     return Session(
         resume=command.resume,
         most_steps=command.most_steps,

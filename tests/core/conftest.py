@@ -13,10 +13,16 @@ from einops import rearrange
 
 from seedvr2_core.checkpoints import Prompts
 from seedvr2_core.checkpoints.export import save
+from seedvr2_core.device import pick_dtype
 from seedvr2_core.loading import Models
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiT, DiTConfig
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE
 from seedvr2_core.models.windows import WindowConfig
+
+# Where a convolution in bf16 takes 60 times as long as in fp32.
+NEEDS_BF16 = pytest.mark.skipif(
+    pick_dtype("auto", torch.device("cpu")) != torch.bfloat16, reason="this CPU has no instructions for bf16"
+)
 
 TINY_DITS = {
     "3b": replace(

@@ -1,12 +1,15 @@
 """What is chosen for hardware that is not here."""
 
+import io
 import logging
 
 import pytest
 import torch
 
+from seedvr2_core import device
 from seedvr2_core.device import pick_dtype
 
+CPU = torch.device("cpu")
 # The second GPU of this machine is a T4.
 CAPABILITIES = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
 
@@ -36,3 +39,11 @@ def test_a_gpu_that_would_emulate_bf16_computes_in_fp32_and_says_so(gpus, caplog
 
 def test_a_type_asked_for_by_name_is_used_wherever_it_is(gpus):
     assert pick_dtype("bf16", torch.device("cuda:1")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("flags", "warned"), [("fma avx2", True), ("avx512f avx512_bf16", False)])
+def test_a_type_that_a_cpu_emulates_is_used_with_a_warning(monkeypatch, caplog, flags, warned):
+    monkeypatch.setattr(device, "open", lambda _: io.StringIO(f"flags : {flags}\n"), raising=False)
+    assert pick_dtype("bf16", CPU) == torch.bfloat16
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    assert pick_dtype("auto", CPU) == (torch.float32 if warned else torch.bfloat16)

@@ -35,7 +35,7 @@ from seedvr2_core.models.vae_fast import FastOptions, FastVAE
 from seedvr2_core.planning import plan_clip
 from seedvr2_core.settings import Settings
 from tests.bench.memory import DIT, VAE, Clip, apart, restoration
-from tests.core.conftest import RUNNABLE_VAE
+from tests.core.conftest import NEEDS_BF16, RUNNABLE_VAE
 
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "4k": (2160, 3840)}
 DITS = {"3b": SEEDVR2_3B, "7b": SEEDVR2_7B}
@@ -273,7 +273,7 @@ def test_planning_takes_no_time_to_speak_of():
     "clip",
     [
         Clip(1, 256, 384),
-        Clip(5, 160, 192, "bfloat16"),
+        pytest.param(Clip(5, 160, 192, "bfloat16"), marks=NEEDS_BF16),
         # In passes: both halves of the autoencoder keep something at a time.
         Clip(21, 96, 128, chunk=9),
     ],

@@ -25,6 +25,7 @@ from seedvr2_core.models.vae import (
     channel_to_space,
     posterior,
 )
+from tests.core.conftest import NEEDS_BF16
 
 SMALL, ALL = "vae/modules_small", "vae/modules"
 CAUSAL = {
@@ -201,6 +202,7 @@ def test_decoded_latents_match(golden, tiny_vae, name):
         close(tiny_vae(name).decode(latent), tensors.get(f"{case}/sample_sliced", clip), 2e-5, case)
 
 
+@NEEDS_BF16
 @TINY
 def test_bfloat16_is_as_close_as_the_published_code(golden, tiny_vae, name):
     vae = copy.deepcopy(tiny_vae(name)).bfloat16()

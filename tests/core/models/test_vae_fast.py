@@ -10,6 +10,7 @@ from seedvr2_core.models import vae_fast, winograd
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE, channels_last, flow
 from seedvr2_core.models.winograd import WinogradTaps
+from tests.core.conftest import NEEDS_BF16
 
 OPTIONS = [
     *(FastOptions(block=block, winograd_from=winograd) for block in (1, 2, 3) for winograd in (None, 16)),
@@ -122,6 +123,7 @@ def test_the_published_numbers_are_met(golden, tiny_vae, name, options):
             close(run(tensors[f"{case}/{x}"]), tensors[f"{case}/{y}"], 2e-5)
 
 
+@NEEDS_BF16
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
 @pytest.mark.parametrize("options", [FastOptions(), FastOptions(winograd_from=32)], ids=str)
 def test_bfloat16_is_no_further_off_than_1_3_times_the_plain_one(golden, tiny_vae, name, options):
