@@ -146,7 +146,9 @@ def test_fake_steps_of_bf16_weights_take_the_memory_that_was_estimated(config, t
     assert estimated == pytest.approx(taken, rel=0.15)
 
 
-@pytest.mark.parametrize(("name", "card"), [("3b_48gb", 48), ("7b_80gb", 80)])
+@pytest.mark.parametrize(
+    ("name", "card"), [pytest.param("3b_48gb", 48, marks=pytest.mark.slow), pytest.param("7b_80gb", 80)]
+)
 def test_a_recipe_for_one_gpu_leaves_room_on_it(name, card):
     recipe = pretrain.RECIPES[name]
     cost = doctor.measure(recipe, doctor.of_restorer(recipe))
@@ -197,21 +199,21 @@ def test_adversarial_adapters_cost_two_sets_on_one_base(tiny_dit):
 
 
 def test_offloaded_blocks_take_two_places_of_the_device_and_wait_on_the_host(tiny_dit):
-    recipe = lora.RECIPES["3b_lora_24gb"]
-    recipe = replace(recipe, model=replace(tiny_dit, depth=8, separate_layers=8), batch=1)
+    recipe = lora.RECIPES["3b_lora_flow_24gb"]
+    recipe = replace(recipe, model=replace(tiny_dit, depth=6, separate_layers=6), batch=1)
 
     def cost(blocks: int) -> doctor.Cost:
         config = replace(recipe, lora=replace(recipe.lora, offload_blocks=blocks))
         return doctor.measure(config, lora.workload(config))
 
-    none, six, eight = cost(0), cost(6), cost(8)
+    none, four, six = cost(0), cost(4), cost(6)
     block = doctor.count(Restorer(recipe.model).dit.blocks[0]) * 2
-    assert (none.host, none.peak) == (0, eight.peak)
+    assert (none.host, none.peak) == (0, six.peak)
     # A buffer's parts begin at multiples of 256 bytes.
-    assert six.host == pytest.approx(6 * block, rel=0.1) and eight.host == pytest.approx(8 * block, rel=0.1)
-    assert none.helpers - six.helpers == pytest.approx((6 - 2) * block, rel=0.1)
-    assert six.helpers - eight.helpers == pytest.approx(2 * block, rel=0.1)
-    assert "host" in doctor.in_words(six) and "host" not in doctor.in_words(none)
+    assert four.host == pytest.approx(4 * block, rel=0.1) and six.host == pytest.approx(6 * block, rel=0.1)
+    assert none.helpers - four.helpers == pytest.approx((4 - 2) * block, rel=0.1)
+    assert four.helpers - six.helpers == pytest.approx(2 * block, rel=0.1)
+    assert "host" in doctor.in_words(four) and "host" not in doctor.in_words(none)
 
 
 def test_a_whole_generator_is_counted_and_a_discriminators_base_beside_it(tiny_dit):

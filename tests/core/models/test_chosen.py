@@ -73,7 +73,7 @@ def narrow() -> VideoVAE:
 ALL = {"causal_conv3d", "norm_silu", "apply_norm_silu", "frame_attention"}
 
 
-@pytest.mark.parametrize("wanted", ["pointers", "descriptors"])
+@pytest.mark.parametrize("wanted", ["pointers", pytest.param("descriptors", marks=pytest.mark.slow)])
 def test_an_autoencoder_on_kernels_computes_what_the_plain_one_does(narrow, small, wanted):
     choices, clip = Forced(wanted), torch.rand(1, 3, 5, 8, 8) * 2 - 1
     fast = FastVAE(narrow, FastOptions(winograd_from=None, choices=choices))
