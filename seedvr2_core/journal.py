@@ -15,7 +15,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -167,7 +166,7 @@ class Journal:
             return
         numbers = {"frames": kept.frames, "bytes": kept.bytes, "checksum": kept.checksum}
         buffer = io.BytesIO()
-        torch.save({"keep": numbers, "waypoint": asdict(self._waypoints[0])}, buffer)
+        torch.save({"keep": numbers, "waypoint": vars(self._waypoints[0])}, buffer)
         data, new = buffer.getvalue(), self._state.with_suffix(".new")
         with saving(self._writer.dst):
             self._writer.flush()
