@@ -166,7 +166,9 @@ def run_restore(args: argparse.Namespace) -> None:
         own = f".{destination.name}{JOURNAL}", f".{destination.stem}.partial{destination.suffix}"
         _mention_abandoned(destination.parent, *own)
     dtype = pick_dtype(args.dtype, device)
-    models = load_models(*pick(args.model, args.vae), device, dtype, args.packing, args.kernels)
+    models = load_models(
+        *pick(args.model, args.vae), device, dtype, args.packing, args.kernels, settings.memory_limit
+    )
     if separate:
         rows, failed, left = _restore_pictures(args.input, destination, models, settings)
         row = {"pictures": rows, "failed": failed, "finished_before": left}

@@ -42,7 +42,13 @@ class Models:
 
 
 def load_models(
-    dit: Path, vae: Path, device: torch.device, dtype: torch.dtype, packing: str = "auto", kernels: bool = False
+    dit: Path,
+    vae: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    packing: str = "auto",
+    kernels: bool = False,
+    memory_limit: int | None = None,
 ) -> Models:
     """Load a transformer with its prompts, and an autoencoder.
 
@@ -50,6 +56,7 @@ def load_models(
         packing: of the transformer's linear layers, one of PACKING_NAMES; "fp8" is faster on new GPUs and less exact.
         kernels: try our own GPU kernels and use those that agree with the library and are faster. Not the default
             until they have been proven on a GPU.
+        memory_limit: bytes of a GPU that may be used, as in `Settings`; None: what is free.
 
     Raises:
         CheckpointError: a file is missing, damaged or something else.
@@ -61,7 +68,7 @@ def load_models(
     prompts, autoencoder = load_prompts(dit), FastVAE(load_vae(vae, dtype, device), options)
     content = inspect(dit)
     taken = content.parameters * (E4M3 if packing == "fp8" else dtype).itemsize
-    fits = device.type != "cuda" or taken <= free_bytes(device)
+    fits = device.type != "cuda" or taken <= room(device, memory_limit)
     if packing != "auto" and not fits:
         raise SettingError(
             f"Packing {packing!r} needs the whole transformer on {device}, where it does not fit; use 'auto'."
@@ -83,6 +90,12 @@ def load_models(
         choices=choices,
         files=(dit, vae),
     )
+
+
+def room(device: torch.device, memory_limit: int | None) -> int:
+    """Bytes of a GPU that may be used beside what is there already."""
+    free = free_bytes(device)
+    return free if memory_limit is None else min(free, memory_limit - torch.cuda.memory_allocated(device))
 
 
 def around_blocks(dit: DiT) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from seedvr2_core import device
+from seedvr2_core import device, loading
 from seedvr2_core.device import pick_dtype
 
 CPU = torch.device("cpu")
@@ -47,3 +47,10 @@ def test_a_type_that_a_cpu_emulates_is_used_with_a_warning(monkeypatch, caplog, 
     assert pick_dtype("bf16", CPU) == torch.bfloat16
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
     assert pick_dtype("auto", CPU) == (torch.float32 if warned else torch.bfloat16)
+
+
+def test_a_limit_holds_while_models_are_loaded(monkeypatch):
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 80)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
+    gpu = torch.device("cuda")
+    assert [loading.room(gpu, limit) for limit in (None, 50, 200)] == [80, 20, 80]
