@@ -56,11 +56,11 @@ def lines(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("options", "limit", "codes"),
     [
-        ("--dtype fp32 --color lab", "80G", 0.5),
-        ("--dtype fp32 --steps 2 --cfg 2", "80G", 0.5),
-        ("--dtype fp32 --color none", "40M", 0.5),  # all blocks and all state wait in host memory
-        ("", "80G", 8),  # bf16: what is made up differs
-        ("--packing fp8", "80G", 8),
+        ("--same --dtype fp32 --color lab", "80G", 0.5),
+        ("--same --dtype fp32 --steps 2 --cfg 2", "80G", 0.5),
+        ("--size 144x96 --dtype fp32 --color none", "50M", 0.5),  # blocks and state wait in host memory
+        ("--same", "80G", 8),  # bf16: what is made up differs
+        ("--same --packing fp8", "80G", 8),
     ],
 )
 def test_a_clip_is_restored_as_on_a_cpu(tmp_path, options, limit, codes):
@@ -73,17 +73,17 @@ def test_a_clip_is_restored_as_on_a_cpu(tmp_path, options, limit, codes):
             frame = np.stack([x * 5, y * 7, (x + y + 4 * number) * 3], axis=-1).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    command = ["restore", clip, "--model", "nano", "--same", *options.split()]
+    command = ["restore", clip, "--model", "nano", *options.split()]
     subprocess.run([sys.executable, "-m", "seedvr2_core", *command, tmp_path / "cpu.mp4", "--device", "cpu"], cwd=ROOT)
     report = tmp_path / "report.json"
     gpu = ("--device", "cuda", "--memory-limit", limit, "--json", report)
     said = pretend("seedvr2_core", *command, tmp_path / "gpu.mp4", *gpu)
     cpu, gpu = lines(tmp_path / "cpu.mp4"), lines(tmp_path / "gpu.mp4")
-    assert gpu.shape == cpu.shape == (6, 32, 48, 3)
+    assert gpu.shape == cpu.shape and len(gpu) == 6
     assert np.abs(gpu - cpu).mean() < codes
-    if limit == "40M":
-        assert "its state in host memory, 8 of 8 blocks streamed" in said
-        assert json.loads(report.read_text())["peak_device_bytes"] <= 40 << 20
+    if limit == "50M":
+        assert "its state in host memory, 7 of 8 blocks streamed" in said
+        assert json.loads(report.read_text())["peak_device_bytes"] <= 50 << 20
 
 
 def test_every_stage_of_training_takes_steps(tmp_path):
