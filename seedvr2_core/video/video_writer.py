@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -96,7 +98,8 @@ class VideoWriter(Writer):
         self._video = self._add_video(encoder, source)
         self._copy = self._stack.enter_context(StreamCopy(source, self._container, self.dst))
         self.notices += self._copy.notices
-        self._container.start_encoding()
+        with _fair_threads():
+            self._container.start_encoding()
 
     def _go_on(self, keep: Keep) -> None:
         for packet in packets_of(keep, self.time_base):
@@ -182,6 +185,28 @@ class VideoWriter(Writer):
         # What fails here concerns a file about to be deleted.
         with suppress(OSError, ValueError, av.FFmpegError):
             self._stack.close()
+
+
+@contextmanager
+def _fair_threads() -> Iterator[None]:
+    """Let this thread, and those that are started meanwhile, share the CPU with all others as this thread did before.
+
+    Where it may, as root in a container does, SVT-AV1 makes real-time threads of its own and of the one that opens it.
+    All else would stand still while they compute, with it the threads that a real-time one waits for.
+    """
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir() or not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, param, others = os.sched_getscheduler(0), os.sched_getparam(0), {task.name for task in tasks.iterdir()}
+    others.discard(str(threading.get_native_id()))
+    try:
+        yield
+    finally:
+        for task in tasks.iterdir():
+            if task.name not in others:
+                with suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(task.name), policy, param)
 
 
 class StreamCopy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
@@ -363,6 +364,17 @@ def test_ten_bits_stay_ten_bits_in_webm(tmp_path):
     if AV < 15 or "libsvtav1" not in av.codecs_available:
         pytest.skip("this version of av has no usable AV1 encoder")
     assert probe(save(tmp_path / "a.webm", clip(), bit_depth=10)).bit_depth == 10
+
+
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this version of av has no AV1 encoder")
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no real-time threads to choose")
+def test_no_encoder_makes_real_time_threads(tmp_path):
+    """As root SVT-AV1 would: the whole machine, and threads of this process that a real-time one waits for, stood still
+    for minutes."""
+    with open_writer(tmp_path / "a.mkv", described(tmp_path), width=64, height=48, codec="av1") as out:
+        out.write(clip(1), moments((3600,)))
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        assert len(tasks) > 8 and {os.sched_getscheduler(task) for task in tasks} == {os.SCHED_OTHER}
 
 
 def test_values_are_rounded_not_cut_off(tmp_path):
