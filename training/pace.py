@@ -47,8 +47,8 @@ class Pace:
         layers = {part for module in modules for part in module.modules() if isinstance(part, Block)}
         for layer in layers if processes.world > 1 else ():
             # Within those of FSDP, which gather a layer's weights before it and free them after it.
-            layer.register_forward_pre_hook(self._enter)
-            layer.register_forward_hook(self._leave, prepend=True)
+            layer.register_forward_pre_hook(torch.compiler.disable(self._enter))
+            layer.register_forward_hook(torch.compiler.disable(self._leave), prepend=True)
 
     def begin(self, step: int) -> None:
         self.timing, self.seconds = self.processes.world > 1 and step % EVERY == 0, 0.0
@@ -79,12 +79,10 @@ class Pace:
                 f"time in {WINDOW} of the last {EVERY * WINDOW} steps, and all wait for it; look at its data, its "
                 "temperature, and what else runs there.")  # fmt: skip
 
-    @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: object) -> None:
         if self.timing:
             self.start = self._now()
 
-    @torch.compiler.disable
     def _leave(self, layer: nn.Module, args: object, output: object) -> None:
         if not self.timing:
             return

@@ -87,7 +87,7 @@ def run(stage: str, argv: list[str], moment: Moment | None = None) -> None:
     """The command in a process of its own. A server that has torch loaded forks it: a fraction of a second."""
     context = get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *(f"training.{name}" for name in STAGES)])
-    process = context.Process(target=execute, args=(stage, argv, moment or Moment()))
+    process = context.Process(target=execute, args=(stage, argv, moment or Moment()), daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode == (0 if moment is None else -signal.SIGKILL)
@@ -121,7 +121,8 @@ def commands(start, latents_folder, tiny_dit) -> dict[str, list[str]]:
     nano, before = ["--config", "nano", *RUN], str(start / "pretrain")
     on_latents = [*nano, "batch=2", *dit, "--data", str(latents_folder)]
     return {
-        "vae": [*nano, "--data", str(start), f"init={start / 'vae'}", "model.widths=8,8,8,8", "model.groups=2",
+        "vae": [*nano, "run.parallel.precision=fp32", "--data", str(start), f"init={start / 'vae'}",
+                "model.widths=8,8,8,8", "model.groups=2",
                 *(f"crops.{i}.{name}={value}" for i in range(3)
                   for name, value in {"batch": 1, "size": 32, "frames": (5, 1, 5)[i]}.items())],
         "precompute": ["--config", str(start / "few.yaml"), "--data", str(start)],

@@ -51,7 +51,7 @@ def alive(module: nn.Module) -> nn.Module:
 
 def train(directory, model, latents_folder, parallel=None, session=None, batch_tokens=None, **changes):
     session = session or Session()
-    run = RunConfig(steps=STEPS, micro_batches=4, ema=0.9, save_every=2, validate_every=2, log_norms_every=1)
+    run = RunConfig(steps=STEPS, micro_batches=4, ema=0.9, save_every=2, validate_every=STEPS, log_norms_every=1)
     run = replace(run, parallel=parallel or ParallelConfig(), **changes)
     config = Pretraining(model=model, run=run, optim=replace(OPTIM, lr=1e-3), batch=2, batch_tokens=batch_tokens)
     own = loop.resolved(config, session)

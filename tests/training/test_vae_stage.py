@@ -41,10 +41,9 @@ CONFIG = VAETraining(
     optim=OptimConfig(lr=1e-4, final_lr=1e-5, warmup=0, full_rate_inputs=50),
     crops=(Crops(batch=1, size=32, frames=5), Crops(batch=2, size=32)),
 )
+ALONE = replace(CONFIG, model=replace(NANO_VAE, widths=(8, 16, 16, 16)), start="random")
 GAME = replace(
-    CONFIG,
-    model=replace(NANO_VAE, widths=(8, 16, 16, 16)),
-    start="random",
+    ALONE,
     w_g=0.05,
     adv_from=0.5,
     disc=DiscConfig(model=PatchConfig(width=8, levels=2, groups=4)),
@@ -128,7 +127,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(data, held_out):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(GAME, adv_from=0.0), replace(GAME, adv_from=0.25)], ids=[
+@pytest.mark.parametrize("config", [ALONE, replace(GAME, adv_from=0.0), replace(GAME, adv_from=0.25)], ids=[
     "alone", "game", "game_from_step_1"
 ])  # fmt: skip
 def test_an_interrupted_run_continues_to_the_bit(config, data, held_out, tmp_path):
@@ -154,7 +153,7 @@ def test_held_out_crops_are_the_middle_of_every_picture(tmp_path):
     assert (crop == 1).all()
 
 
-@pytest.mark.parametrize("second", [CONFIG, replace(GAME, adv_from=0.0)], ids=["alone", "game"])
+@pytest.mark.parametrize("second", [ALONE, replace(GAME, adv_from=0.0)], ids=["alone", "game"])
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(second, data, held_out, tmp_path):
     first = replace(CONFIG, start=second.start, model=second.model)
     loop.run(VAEStage(first, data, held_out), first, optims(first), tmp_path / "both")
@@ -305,7 +304,7 @@ def test_an_opinion_adapts_in_bf16_as_in_fp32_and_leaves_the_same_gradient(data)
 
 
 def test_playing_teaches_the_discriminator_and_is_logged(data, held_out, tmp_path):
-    config = replace(GAME, adv_from=0.0, run=replace(GAME.run, steps=30, validate_every=30, preview_every=None))
+    config = replace(GAME, adv_from=0.0, run=replace(GAME.run, steps=30, save_every=30, validate_every=30, preview_every=None))
     fast = OptimConfig(lr=3e-3, final_lr=3e-3, betas=(0.5, 0.9), weight_decay=0.0, warmup=0)
     config = replace(config, crops=config.crops[1:], disc=replace(config.disc, optim=fast))
     loop.run(VAEStage(config, data, held_out), config, optims(config), tmp_path)

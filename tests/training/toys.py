@@ -20,7 +20,9 @@ from torch import nn
 from training.config import OptimConfig, RunConfig
 from training.randomness import torch_rng
 
-PRELOAD = ["training.loop", "torch.distributed.tensor", "torch.distributed.checkpoint", "tests.training.toys"]
+PRELOAD = [
+    "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "training.loop", "tests.training.toys",
+]  # fmt: skip
 
 
 class Interrupted(BaseException):
