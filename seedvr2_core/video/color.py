@@ -38,8 +38,8 @@ MEMORY = 12
 KNOTS = 1024
 # Pixels of a frame that are sorted to find those knots; evenly spread if there are more.
 SAMPLES = 2**18
-# Parts in which a frame is computed where every pixel is on its own.
-BANDS = 8
+# Where every pixel is on its own a frame is computed in at most so many parts, of no fewer than so many pixels.
+BANDS, BAND = 8, 2**16
 # Change of mean and spread between two frames of the input, in units of -1..1, that makes a cut.
 CUT = 0.1
 
@@ -162,8 +162,9 @@ class _Shot:
         if name not in self._levels:
             return values
         values_level, reference_level = self._levels[name]
-        parts = values.split(-(-max(1, len(values)) // BANDS))
-        return torch.cat([_follow(part - values_level, *self._averages[name]) + reference_level for part in parts])
+        source, reference = _curve(*self._averages[name])
+        parts = values.split(max(BAND, -(-len(values) // BANDS)))
+        return torch.cat([_follow(part - values_level, source, reference) + reference_level for part in parts])
 
 
 def _knots(values: Tensor) -> Tensor:
@@ -177,12 +178,16 @@ def _knots(values: Tensor) -> Tensor:
     return torch.lerp(thinned[below], thinned[(below + 1).clamp_max(count - 1)], ranks - below)
 
 
-def _follow(values: Tensor, source: Tensor, reference: Tensor) -> Tensor:
-    """Values n on the curve through the knots (source, reference), continued beyond its ends with slope 1."""
-    # Source knots that (nearly) coincide, as those of a flat area, would tear it apart; they share the middle one's.
+def _curve(source: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Knots to follow. Those of a flat area (nearly) coincide and would tear a curve; they share the middle one."""
     near = (source[-1] - source[0]) / KNOTS
     first, last = torch.searchsorted(source, source - near), torch.searchsorted(source, source + near, right=True) - 1
-    source, reference = source[(first + last) // 2], reference[(first + last) // 2]
+    middle = (first + last) // 2
+    return source[middle], reference[middle]
+
+
+def _follow(values: Tensor, source: Tensor, reference: Tensor) -> Tensor:
+    """Values n on the curve through the knots (source, reference), continued beyond its ends with slope 1."""
     inside = values.clamp(source[0], source[-1])
     above = torch.searchsorted(source, inside).clamp_min(1)
     below = above - 1
@@ -218,7 +223,8 @@ def _by_channel(formula: Callable[[Tensor, Tensor], Tensor], content: Tensor, st
 
 def _in_bands(formula: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
     """A formula that looks at one pixel at a time, T 3 H W: a band of rows takes little memory on its way."""
-    rows = -(-clip.shape[-2] // BANDS)
+    height, width = clip.shape[-2:]
+    rows = max(-(-height // BANDS), BAND // width, 1)
     return torch.cat([formula(band) for band in clip.split(rows, dim=-2)], dim=-2)
 
 
