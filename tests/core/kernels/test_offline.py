@@ -57,6 +57,7 @@ def test_hopper_multiplies_with_its_own_instructions_and_copies_boxes(compiled):
         assert all(entry["uses"] == ["wgmma.mma_async", "cp.async.cg"] for entry in of(compiled, 90, kernel))
 
 
+@pytest.mark.slow
 def test_ampere_loads_ahead_and_multiplies_with_tensor_cores(compiled):
     for kernel in ("pointer_kernel", "window_kernel"):
         assert all(entry["uses"] == ["cp.async.cg", "mma.sync"] for entry in of(compiled, 80, kernel))

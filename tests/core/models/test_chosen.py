@@ -43,7 +43,7 @@ def small(ground, monkeypatch):
     def tiles(capability, c_in, c_out):
         return [tile for tile in CONVOLUTIONS if tile.loads == "pointers" or c_in % tile.depth == 0]
 
-    monkeypatch.setattr(causal_conv3d, "tiles", lambda *sizes: [] if sizes[1] < 16 else tiles(*sizes))
+    monkeypatch.setattr(causal_conv3d, "tiles", lambda *sizes: [] if sizes[1] < 32 else tiles(*sizes))
     monkeypatch.setattr(windows, "tiles", lambda d: WINDOWS)
     monkeypatch.setattr(frames, "tiles", lambda capability, channels: FRAMES)
 
