@@ -18,13 +18,12 @@ SHARED = Path(os.environ.get("SEEDVR2_SHARED", HERE.parent.parent / "shared"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Tensors are tiny here: more threads would only wait for each other.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alike():
     torch.manual_seed(0)
+    # Tensors are tiny here: more threads, as a command of an earlier test may have asked for, only wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
