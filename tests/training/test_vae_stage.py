@@ -304,7 +304,8 @@ def test_an_opinion_adapts_in_bf16_as_in_fp32_and_leaves_the_same_gradient(data)
 
 
 def test_playing_teaches_the_discriminator_and_is_logged(data, held_out, tmp_path):
-    config = replace(GAME, adv_from=0.0, run=replace(GAME.run, steps=30, save_every=30, validate_every=30, preview_every=None))
+    run = replace(GAME.run, steps=30, save_every=30, validate_every=30, preview_every=None)
+    config = replace(GAME, adv_from=0.0, run=run)
     fast = OptimConfig(lr=3e-3, final_lr=3e-3, betas=(0.5, 0.9), weight_decay=0.0, warmup=0)
     config = replace(config, crops=config.crops[1:], disc=replace(config.disc, optim=fast))
     loop.run(VAEStage(config, data, held_out), config, optims(config), tmp_path)
