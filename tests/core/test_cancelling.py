@@ -41,10 +41,8 @@ def shares(config: VAEConfig, way: str, frames: int) -> list[float]:
     return [(after - before) / (looks[-1] - looks[0]) for before, after in pairwise(looks)]
 
 
-@pytest.mark.parametrize(
-    ("config", "frames", "way"),
-    [pytest.param(SEEDVR2_VAE, 1, "decode", marks=pytest.mark.slow), (NARROW, 5, "encode")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "frames", "way"), [(SEEDVR2_VAE, 1, "decode"), (NARROW, 5, "encode")])
 def test_no_part_of_a_large_frame_is_long(config, frames, way):
     assert max(shares(config, way, frames)) < 0.09
 

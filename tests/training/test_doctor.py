@@ -96,6 +96,7 @@ def test_a_guided_teacher_works_twice_as_hard(tiny_dit):
     assert plain.flops == pytest.approx(5 * forward, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_720p_clip_costs_what_the_paper_model_was_estimated_at():
     recipe = pretrain.RECIPES["3b"]
     restorer = doctor.on_meta(lambda: Restorer(recipe.model))

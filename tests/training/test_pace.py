@@ -48,7 +48,7 @@ SLOW = {"layers": (Block, "forward", 0.1), "data": (Latents, "batch", 0.6), "not
 def train_all(root, model, latents_folder, init_method):
     """Runs of two processes, in which something of the second one is slow."""
     pace.EVERY, pace.WINDOW = 1, 4
-    run = RunConfig(steps=6, micro_batches=2, validate_every=6, async_save=False)
+    run = RunConfig(steps=5, micro_batches=2, validate_every=5, async_save=False)
     # Two processes on a busy machine are not always equally fast.
     config = Pretraining(model=model, run=run, optim=replace(OPTIM, lr=1e-3), batch=2, guard=GuardConfig(slow=1.5))
     for name, slow in SLOW.items():

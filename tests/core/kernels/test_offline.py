@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# Half a minute for each GPU.
+pytestmark = pytest.mark.slow
+
 # Shared memory that one block may have, in bytes, by compute capability.
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
 ROOT = Path(__file__).parents[3]
@@ -41,7 +44,7 @@ def of(compiled, capability, kernel):
 
 
 # The small Ampere gets what the large one does, in smaller tiles.
-@pytest.mark.parametrize("capability", [*(pytest.param(older, marks=pytest.mark.slow) for older in (80, 86)), 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_every_kernel_compiles_and_fits_shared_memory(compiled, capability):
     mine = compiled(capability)
     expected = {"statistics_kernel", "apply_kernel", "norm_modulate_kernel", "gate_residual_kernel", "pointer_kernel",
@@ -57,7 +60,6 @@ def test_hopper_multiplies_with_its_own_instructions_and_copies_boxes(compiled):
         assert all(entry["uses"] == ["wgmma.mma_async", "cp.async.cg"] for entry in of(compiled, 90, kernel))
 
 
-@pytest.mark.slow
 def test_ampere_loads_ahead_and_multiplies_with_tensor_cores(compiled):
     for kernel in ("pointer_kernel", "window_kernel"):
         assert all(entry["uses"] == ["cp.async.cg", "mma.sync"] for entry in of(compiled, 80, kernel))

@@ -275,7 +275,7 @@ def test_planning_takes_no_time_to_speak_of():
         Clip(1, 256, 384),
         pytest.param(Clip(5, 160, 192, "bfloat16"), marks=NEEDS_BF16),
         # In passes: both halves of the autoencoder keep something at a time.
-        Clip(21, 96, 128, chunk=9),
+        Clip(17, 96, 128, chunk=9),
     ],
     ids=lambda clip: clip.name,
 )

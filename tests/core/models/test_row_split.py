@@ -51,7 +51,7 @@ def one_process(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_that_share_a_frame_compute_what_one_does(size, tmp_path):
     multiprocessing.spawn(one_process, (size, str(tmp_path)), nprocs=size)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
