@@ -49,13 +49,13 @@ class Moment:
 # In the middle of what checkpoint 4 consists of; with all of it written and not yet called complete; in a step.
 HALF, ALMOST, STEP = Moment(opens="*/step_000004/*.distcp"), Moment(opens="*/step_000004/.meta.json*"), Moment(row=5)
 MOMENTS = {
-    "vae": [STEP, HALF],
+    "vae": [STEP],
     "precompute": [Moment(opens="*000001.*.part"), Moment(opens="*000001.json.*"), Moment(opens="*.part/hq.npy")],
     "pretrain": [STEP, HALF, ALMOST, Moment(opens="*/step_000006/.meta.json*")],
     # Inside the first halving; between the two; at the first checkpoint of the second.
     "distill": [STEP, Moment(opens="*/01/.config.yaml*"), Moment(opens="*/01/checkpoints/step_000002/*.distcp")],
     "apt": [STEP, HALF],
-    "lora": [STEP, HALF, Moment(opens="*/adapter_config.json")],
+    "lora": [STEP, Moment(opens="*/adapter_config.json")],
 }
 
 

@@ -127,9 +127,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(data, held_out):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("config", [ALONE, replace(GAME, adv_from=0.0), replace(GAME, adv_from=0.25)], ids=[
-    "alone", "game", "game_from_step_1"
-])  # fmt: skip
+@pytest.mark.parametrize("config", [ALONE, replace(GAME, adv_from=0.25)], ids=["alone", "game_from_step_1"])
 def test_an_interrupted_run_continues_to_the_bit(config, data, held_out, tmp_path):
     loop.run(VAEStage(config, data, held_out), config, optims(config), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
