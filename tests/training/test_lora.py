@@ -17,7 +17,7 @@ from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
 from tests.training.toys import in_processes, untimed
 from training import config as configs
-from training import export, journal, loop, state
+from training import export, journal, loop, lora, state
 from training.config import OptimConfig, ParallelConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import tap_blocks
@@ -36,6 +36,7 @@ from training.lora import (
     load_adapters,
     open_base,
     players,
+    refuse_contradictions,
     save_adapters,
 )
 from training.parallel import Layers, Processes, connect
@@ -366,8 +367,11 @@ def test_a_discriminator_that_cannot_be_told_the_same_is_refused(tiny_dit, confi
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, changes, sentence):
-    with pytest.raises(SettingError, match=sentence):
-        replace(config, **changes)
+    refuse_contradictions(config)
+    wrong = replace(config, **changes)
+    for refuses in (refuse_contradictions, lora.workload):
+        with pytest.raises(SettingError, match=sentence):
+            refuses(wrong)
 
 
 @pytest.fixture
