@@ -88,9 +88,11 @@ class Stream:
     def synchronize(self) -> None: ...
 
 
-@contextlib.contextmanager
-def nothing(*_: object):
-    yield
+class Nothing(contextlib.nullcontext):
+    """Torch asks of some things whether they are a `torch.cuda.device`."""
+
+    def __init__(self, *_: object):
+        super().__init__()
 
 
 # What torch.cuda says of the device.
@@ -118,7 +120,7 @@ torch.cuda.reset_peak_memory_stats = lambda _=None: device.reset_peak()
 torch.cuda.mem_get_info = lambda _=None: (TOTAL - device.allocated(), TOTAL)
 torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda _=None: torch.get_rng_state(), lambda state, _=None: None
 torch.cuda.Stream, torch.cuda.Event = Stream, Event
-torch.cuda.stream = torch.cuda.device = torch.cuda.device_of = nothing
+torch.cuda.stream = torch.cuda.device = torch.cuda.device_of = Nothing
 
 # Pinned memory is memory. A storage keeps its size, and is copied as the tensor of its bytes.
 Tensor.pin_memory, Tensor.is_pinned = lambda self, _=None: self.clone(), lambda self, _=None: False

@@ -374,6 +374,13 @@ def test_settings_that_do_not_go_together_are_refused(config, changes, sentence)
             refuses(wrong)
 
 
+def test_settings_are_held_against_each_other_when_all_are_there():
+    """On a command line they come one after another, in any order."""
+    pair = ["lora.offload_blocks=4", "run.parallel.activation_checkpoint=true"]
+    for assignments in (pair, pair[::-1]):
+        refuse_contradictions(configs.override(lora.RECIPES["nano"], assignments))
+
+
 @pytest.fixture
 def start(tiny_dit, tmp_path) -> Path:
     """A run of a stage before."""
