@@ -244,48 +244,55 @@ def load_config(name: str, recipes: Mapping[str, Config]) -> Config:
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """Apply dotted `key=value` assignments to a tree of frozen dataclasses.
+    """Apply dotted `key=value` assignments to a tree of frozen dataclasses, all at once: their order is of no account.
 
     Raises:
         SettingError: a key that does not exist, or a value of the wrong type.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise SettingError(f"Expected KEY=VALUE, got {assignment!r}.")
-        config = _assign(config, key.split("."), value, key)
-    return config
+        *groups, name = key.split(".")
+        inside = changes
+        for group in groups:
+            inside = inside.setdefault(group, {})
+            if not isinstance(inside, dict):
+                raise SettingError(f"{key!r} goes too deep: {group!r} is a plain value.")
+        inside[name] = value
+    return _change(config, changes, "")
 
 
-def _assign(config: Any, path: list[str], value: Any, key: str) -> Any:
-    head, *rest = path
+def _change(config: Any, changes: Mapping[Any, Any], prefix: str) -> Any:
+    """A config, or a tuple of them, with the fields that a mapping names; mappings inside it go on into groups."""
     if isinstance(config, tuple):
-        if not (head.isdigit() and int(head) < len(config)):
-            raise SettingError(f"{key!r} is not a setting; here stands a list of {len(config)}, numbered from 0.")
-        if not rest:
-            raise SettingError(f"{key!r} is one entry of a list; set its fields, or the list as a whole.")
-        entry = _assign(config[int(head)], rest, value, key)
-        return (*config[: int(head)], entry, *config[int(head) + 1 :])
-    kind = _kind(config, head, key)
-    old = getattr(config, head)
-    if rest:
-        if not (dataclasses.is_dataclass(old) or (isinstance(old, tuple) and old and dataclasses.is_dataclass(old[0]))):
-            raise SettingError(f"{key!r} goes too deep: {head!r} is a plain value.")
-        return dataclasses.replace(config, **{head: _assign(old, rest, value, key)})
-    return dataclasses.replace(config, **{head: _convert(kind, value, key)})
-
-
-def _change(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
-    """A config with the fields that a mapping names; mappings inside it go on into groups."""
+        return _change_entries(config, changes, prefix)
+    new = {}
     for name, value in changes.items():
         key = f"{prefix}{name}"
         kind, old = _kind(config, str(name), key), getattr(config, str(name))
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(old):
-            new = _change(old, value, f"{key}.")
+        if not isinstance(value, Mapping):
+            new[name] = _convert(kind, value, key)
+        elif dataclasses.is_dataclass(old) or (isinstance(old, tuple) and old and dataclasses.is_dataclass(old[0])):
+            new[name] = _change(old, value, f"{key}.")
+        elif any(dataclasses.is_dataclass(option) for option in typing.get_args(kind)):
+            new[name] = _convert(kind, value, key)  # a group that is not there yet
         else:
-            new = _convert(kind, value, key)
-        config = dataclasses.replace(config, **{name: new})
-    return config
+            raise SettingError(f"'{key}.{next(iter(value), '')}' goes too deep: {name!r} is a plain value.")
+    return dataclasses.replace(config, **new)
+
+
+def _change_entries(entries: tuple, changes: Mapping[Any, Any], prefix: str) -> tuple:
+    for number, value in changes.items():
+        key = f"{prefix}{number}"
+        if not (str(number).isdigit() and int(number) < len(entries)):
+            raise SettingError(f"{key!r} is not a setting; here stands a list of {len(entries)}, numbered from 0.")
+        if not isinstance(value, Mapping):
+            raise SettingError(f"{key!r} is one entry of a list; set its fields, or the list as a whole.")
+        entry = _change(entries[int(number)], value, f"{key}.")
+        entries = (*entries[: int(number)], entry, *entries[int(number) + 1 :])
+    return entries
 
 
 def _kind(config: Any, name: str, key: str) -> Any:

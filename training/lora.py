@@ -121,6 +121,15 @@ class LoraTraining:
     def __post_init__(self) -> None:
         if self.objective == "apt":
             refuse_bad_targets(self.text)
+        elif self.generator == "full" or self.disc.base is not None:
+            raise SettingError("generator=full and disc.base are for objective=apt; flow matching has no "
+                               "discriminator, and of all weights it is training.pretrain.")
+        if self.lora.offload_blocks and not self.run.parallel.activation_checkpoint:
+            raise SettingError(f"lora.offload_blocks is {self.lora.offload_blocks}, and without recomputation the "
+                               "backward pass wants all blocks at once; set run.parallel.activation_checkpoint=true.")
+        if self.run.parallel.sp > 1:
+            raise SettingError(f"run.parallel.sp is {self.run.parallel.sp}, and a frozen base takes whole samples; set "
+                               "it to 1: more processes then take more samples.")
 
 
 _RUN = RunConfig(
@@ -461,23 +470,6 @@ def players(
     return base, base if config.disc.base is None else adapted(config.disc.base)
 
 
-def refuse_contradictions(config: LoraTraining) -> None:
-    """Refuse settings that do not go together.
-
-    Raises:
-        SettingError: naming them.
-    """
-    if config.objective == "flow" and (config.generator == "full" or config.disc.base is not None):
-        raise SettingError("generator=full and disc.base are for objective=apt; flow matching has no discriminator, "
-                           "and of all weights it is training.pretrain.")
-    if config.lora.offload_blocks and not config.run.parallel.activation_checkpoint:
-        raise SettingError(f"lora.offload_blocks is {config.lora.offload_blocks}, and without recomputation the "
-                           "backward pass wants all blocks at once; set run.parallel.activation_checkpoint=true.")
-    if config.run.parallel.sp > 1:
-        raise SettingError(f"run.parallel.sp is {config.run.parallel.sp}, and a frozen base takes whole samples; set "
-                           "it to 1: more processes then take more samples.")
-
-
 def flow_matching(config: LoraTraining, latents: Latents, base: Base) -> PretrainStage:
     """Flow matching of one set of adapters."""
     torch.manual_seed(key(config.run.seed, "lora/adapters"))
@@ -572,12 +564,7 @@ def merged(run: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device:
 
 def workload(config: LoraTraining) -> doctor.Workload:
     """What the doctor estimates: frozen bases as helpers, in the type they have in training, and a pass with gradients
-    of what is trained. A discriminator's base is taken to be of the generator's size.
-
-    Raises:
-        SettingError: the settings do not go together.
-    """
-    refuse_contradictions(config)
+    of what is trained. A discriminator's base is taken to be of the generator's size."""
     bases: list[Base] = []
 
     def adapted(where: str) -> Base:
@@ -618,7 +605,6 @@ def main() -> None:
     if command.dry_run:
         print(doctor.estimate(config, workload(config)))
         return
-    refuse_contradictions(config)
     session = loop.open_session(command, config)
     adapted = partial(open_base, config=config.lora, device=session.processes.device)
     latents = Latents(command.data, config.run.seed)

@@ -107,6 +107,25 @@ def test_a_key_that_goes_into_a_plain_value_is_refused(recipe):
         override(recipe, ["run.steps.more=1"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_settings_are_held_against_each_other_when_all_are_there(order, tmp_path):
+    """Each of these two is refused without the other, or says nothing of it."""
+    pair = ["lora.offload_blocks=4", "run.parallel.activation_checkpoint=true"][::order]
+    assert override(lora.RECIPES["nano"], pair).lora.offload_blocks == 4
+    groups = ["lora: {offload_blocks: 4}", "run: {parallel: {activation_checkpoint: true}}"][::order]
+    path = yaml_file(tmp_path, "\n".join(["base: nano", *groups]))
+    assert load_config(path, lora.RECIPES) == override(lora.RECIPES["nano"], pair)
+    with pytest.raises(SettingError, match=r"set run\.parallel\.activation_checkpoint=true"):
+        override(lora.RECIPES["nano"], ["lora.offload_blocks=4"])
+
+
+def test_a_group_that_is_not_there_is_made_of_its_fields(recipe):
+    made = override(recipe, ["other.lr=1e-3", "other.final_lr=1e-4"])
+    assert made.other == recipe.optim
+    with pytest.raises(SettingError, match="'other' lacks final_lr"):
+        override(recipe, ["other.lr=1e-3"])
+
+
 def test_an_argument_without_a_value_is_refused(recipe):
     with pytest.raises(SettingError, match="KEY=VALUE"):
         override(recipe, ["run.steps"])

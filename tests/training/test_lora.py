@@ -17,7 +17,7 @@ from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
 from tests.training.toys import in_processes, untimed
 from training import config as configs
-from training import export, journal, loop, lora, state
+from training import export, journal, loop, state
 from training.config import OptimConfig, ParallelConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import tap_blocks
@@ -36,7 +36,6 @@ from training.lora import (
     load_adapters,
     open_base,
     players,
-    refuse_contradictions,
     save_adapters,
 )
 from training.parallel import Layers, Processes, connect
@@ -367,18 +366,8 @@ def test_a_discriminator_that_cannot_be_told_the_same_is_refused(tiny_dit, confi
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, changes, sentence):
-    refuse_contradictions(config)
-    wrong = replace(config, **changes)
-    for refuses in (refuse_contradictions, lora.workload):
-        with pytest.raises(SettingError, match=sentence):
-            refuses(wrong)
-
-
-def test_settings_are_held_against_each_other_when_all_are_there():
-    """On a command line they come one after another, in any order."""
-    pair = ["lora.offload_blocks=4", "run.parallel.activation_checkpoint=true"]
-    for assignments in (pair, pair[::-1]):
-        refuse_contradictions(configs.override(lora.RECIPES["nano"], assignments))
+    with pytest.raises(SettingError, match=sentence):
+        replace(config, **changes)
 
 
 @pytest.fixture
