@@ -125,10 +125,15 @@ torch.cuda.stream = torch.cuda.device = torch.cuda.device_of = Nothing
 # Pinned memory is memory. A storage keeps its size, and is copied as the tensor of its bytes.
 Tensor.pin_memory, Tensor.is_pinned = lambda self, _=None: self.clone(), lambda self, _=None: False
 resize = torch.UntypedStorage.resize_
+
+
+def as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 torch.UntypedStorage.resize_ = lambda self, size: self if self.device.type == "cuda" else resize(self, size)
-torch.UntypedStorage.clone = lambda self: (
-    torch.empty(0, dtype=torch.uint8, device=self.device).set_(self).clone().untyped_storage()
-)
+torch.UntypedStorage.clone = lambda self: as_bytes(self).clone().untyped_storage()
+torch.UntypedStorage.to = lambda self, *, device, non_blocking=False: as_bytes(self).to(device).untyped_storage()
 
 # Collectives of a single process.
 
