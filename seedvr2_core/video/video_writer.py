@@ -195,7 +195,7 @@ def _fair_threads() -> Iterator[None]:
     All else would stand still while they compute, with it the threads that a real-time one waits for.
     """
     tasks = Path("/proc/self/task")
-    if not tasks.is_dir() or not hasattr(os, "sched_setscheduler"):
+    if not (tasks.is_dir() and hasattr(os, "sched_getscheduler")):
         yield
         return
     policy, param, others = os.sched_getscheduler(0), os.sched_getparam(0), {task.name for task in tasks.iterdir()}
@@ -205,8 +205,9 @@ def _fair_threads() -> Iterator[None]:
     finally:
         for task in tasks.iterdir():
             if task.name not in others:
-                with suppress(ProcessLookupError):
-                    os.sched_setscheduler(int(task.name), policy, param)
+                with suppress(ProcessLookupError):  # it has ended
+                    if os.sched_getscheduler(int(task.name)) != policy:
+                        os.sched_setscheduler(int(task.name), policy, param)
 
 
 class StreamCopy:
