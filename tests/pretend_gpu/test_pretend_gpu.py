@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,13 +94,21 @@ def test_every_stage_of_training_takes_steps(tmp_path):
         hq, noise = torch.randn(2, 24, 16, t, 16, 16)
         save_file({"hq": hq, "lq": hq + noise / 2}, latents / f"{name}.safetensors")
 
-    def train(stage: str, *settings: str) -> None:
+    for kind in ("train", "eval"):
+        pictures = tmp_path / "pictures" / kind / "images"
+        pictures.mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(pictures / "noise.png")
+
+    def train(stage: str, *settings: str, data: Path = latents) -> None:
         out = tmp_path / stage
-        shared = ("--data", latents, "--device", "cuda", "--threads", 1, "batch=2", "run.save_every=1")
+        shared = ("--data", data, "--device", "cuda", "--threads", 1, "run.save_every=1")
         pretend(f"training.{stage}", "--config", "nano", "--out", out, *shared, *settings)
         assert list(out.rglob("step_000001")) and list(out.rglob("metrics.jsonl"))
 
-    train("pretrain", "run.steps=2", "run.parallel.precision=bf16")
-    train("distill", "run.steps=1", f"teacher={tmp_path / 'pretrain'}")
-    train("apt", "run.steps=2", "pretrained=nano", "distilled=nano")
-    train("lora", "run.steps=2", "lora.base=bf16", "lora.offload_blocks=4", "run.parallel.activation_checkpoint=true")
+    crops = [f"crops.{kind}.{name}={value}" for kind in range(3) for name, value in (("batch", 1), ("size", 32))]
+    train("vae", "run.steps=2", "run.parallel.precision=fp32", "init=nano", *crops, data=tmp_path / "pictures")
+    train("pretrain", "batch=2", "run.steps=2", "run.parallel.precision=bf16")
+    train("distill", "batch=2", "run.steps=1", f"teacher={tmp_path / 'pretrain'}")
+    train("apt", "batch=2", "run.steps=2", "pretrained=nano", "distilled=nano")
+    recomputed = "run.parallel.activation_checkpoint=true"
+    train("lora", "batch=2", "run.steps=2", "lora.base=bf16", "lora.offload_blocks=4", recomputed)
