@@ -52,6 +52,10 @@ CLIP_FOLDERS = ("clips", "videos")
 NOT_FOR_TRAINING = ("eval", "lq")
 # Under a non-commercial licence, while weights trained here are published under Apache-2.0.
 EXCLUDED_STEMS = ("speaker_portrait_540x960",)
+# Between the name of a file and the number of a shot in it.
+SHOT = "#"
+# Sources kept for validation at most; a validation looks at few samples.
+MOST_HELD_OUT = 16
 # Windows tried for a crop; the one with most detail is kept, because much of a photograph is sky or out of focus.
 LOOKS = 2
 # What `training.filter` writes into a data folder.
@@ -76,14 +80,18 @@ class DataConfig:
     # Procedural pictures drawn before training, and their side in pixels.
     stills: int = 48
     still_size: int = 512
+    # Share of the photographs, the clips and the procedural pictures that only samples for validation are drawn from.
+    held_out: float = 0.1
     # Whether clips stay decoded, in memory or in the cache folder, or are decoded anew for every crop: slow and small.
     keep_clips: bool = True
     # File names, without suffix, to leave out.
     excluded: tuple[str, ...] = EXCLUDED_STEMS
 
     def __post_init__(self) -> None:
-        if not (0 <= self.real <= 1 and 0 <= self.moving_photo <= 1):
-            raise SettingError(f"real and moving_photo are shares in 0..1, got {self.real} and {self.moving_photo}.")
+        shares = {name: getattr(self, name) for name in ("real", "moving_photo", "held_out")}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise SettingError(f"{name} is a share in 0..1, got {share}.")
         if self.max_reduction < 1:
             raise SettingError(f"max_reduction is {self.max_reduction}; a crop can only be reduced, use 1 or more.")
 
@@ -223,7 +231,7 @@ class Loader:
             starts = [0, *cuts]
             for number, (start, shot) in enumerate(zip(starts, split_shots(frames, cuts), strict=True)):
                 kept = shot if self.keep_clips else LazyClip(path, start, shot.shape)
-                shots[f"{self._name(path)}#{number}" if cuts else self._name(path)] = kept
+                shots[f"{self._name(path)}{SHOT}{number}" if cuts else self._name(path)] = kept
         return shots
 
     def check(self, total: int) -> None:
@@ -286,6 +294,49 @@ class Sample:
     about: dict[str, Any]  # ready for JSON
 
 
+# Which sources a crop may come from.
+Part = Literal["all", "training", "held out"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Sources of one kind, and which of them are kept for validation: whole files, whatever shots they have."""
+
+    names: list[str]
+    sources: list[Source]
+    held_out: frozenset[int]
+
+    @classmethod
+    def of(cls, given: Sequence[Source] | dict[str, Source], kind: str, config: DataConfig) -> Pool:
+        """`given` by name, or in order; `config` says how many are kept, and its seed which."""
+        named = given if isinstance(given, dict) else {f"{kind}{n}": source for n, source in enumerate(given)}
+        files = [name.partition(SHOT)[0] for name in named]
+        ranked = sorted(set(files), key=lambda file: key(config.seed, f"held out/{file}"))
+        kept = ranked[: min(MOST_HELD_OUT, int(config.held_out * len(ranked)))]
+        return cls(list(named), list(named.values()), frozenset(i for i, file in enumerate(files) if file in kept))
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def pick(self, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part) -> int:
+        """The number of a random source that holds so many frames of this size: of the part asked for, where that has
+        one.
+
+        Raises:
+            SettingError: no source does.
+        """
+        wanted = (frames, *size)
+        fit = [i for i, source in enumerate(self.sources) if all(map(operator.ge, source.shape, wanted))]
+        if not fit:
+            raise SettingError(
+                f"None of {len(self)} sources has {frames} frames of {size[1]} x {size[0]} pixels; "
+                "choose a smaller crop, a shorter clip or larger data."
+            )
+        if part != "all":
+            fit = [i for i in fit if (i in self.held_out) == (part == "held out")] or fit
+        return fit[draw.integers(len(fit))]
+
+
 class Dataset:
     """All sources of one run, ready to crop. Every array is uint8 T H W 3.
 
@@ -305,9 +356,9 @@ class Dataset:
         config: DataConfig,
         unreadable: dict[Path, str] | None = None,
     ) -> None:
-        self.image_names, self.images = _named(images, "image")
-        self.clip_names, self.clips = _named(clips, "clip")
-        self.still_names, self.stills = _named(stills, "procedural")
+        self.images = Pool.of(images, "image", config)
+        self.clips = Pool.of(clips, "clip", config)
+        self.stills = Pool.of(stills, "procedural", config)
         self.config, self.unreadable = config, unreadable or {}
 
     @classmethod
@@ -357,6 +408,16 @@ class Dataset:
         stills = draw() if cache_dir is None else _cached(cache_dir / name, draw)
         return cls(images, clips, list(stills), config, loader.unreadable)
 
+    def split(self) -> str:
+        """How many sources of every kind are kept for validation, in words."""
+        pools = {"photographs": self.images, "clips": self.clips, "procedural pictures": self.stills}
+        found = {name: pool for name, pool in pools.items() if len(pool)}
+        shared = [name for name, pool in found.items() if not pool.held_out]
+        kept = ", ".join(f"{len(pool.held_out)} of {len(pool)} {name}" for name, pool in found.items())
+        return f"Kept for validation: {kept}." + (
+            f" So few {' and '.join(shared)} are trained on and validated with alike." if shared else ""
+        )
+
     def sample_batch(
         self, step: int, *, kind: Kind = "image", batch: int, size: Size, frames: int = 1
     ) -> torch.Tensor:
@@ -377,7 +438,7 @@ class Dataset:
 
     def crop(self, step: int, slot: int = 0, *, kind: Kind = "image", size: Size, frames: int = 1) -> torch.Tensor:
         """One clean crop: uint8 3 T H W. Arguments and failures as in `sample_batch`, slot being the place in it."""
-        return self._crop(step, slot, kind, size, frames).pixels
+        return self._crop(step, slot, kind, size, frames, "all").pixels
 
     def pair(self, index: int, mixture: Mixture, *, kind: Kind = "image", size: Size, frames: int = 1) -> torch.Tensor:
         """One training pair: uint8 2 3 T H W, first the clean crop, then its degraded self at the size of the crop.
@@ -388,14 +449,16 @@ class Dataset:
         return torch.stack((sample.clean, *sample.degraded))
 
     def sample(
-        self, index: int, mixture: Mixture, *, kind: Kind = "image", size: Size, frames: int = 1, variants: int = 1
-    ) -> Sample:
-        """A clean crop and `variants` degraded selves of it; otherwise as `pair`.
+        self, index: int, mixture: Mixture, *, kind: Kind = "image", size: Size, frames: int = 1, variants: int = 1,
+        part: Part = "all",
+    ) -> Sample:  # fmt: skip
+        """A clean crop and `variants` degraded selves of it; otherwise as `pair`. `part` of the sources has it, unless
+        nothing there is large or long enough, or nothing is held out.
 
         Frames that lie before the crop in its source are degraded with it and dropped, so that a codec does not always
         start where the crop does.
         """
-        crop = self._crop(index, 0, kind, size, frames, lead=CODEC_LEAD)
+        crop = self._crop(index, 0, kind, size, frames, part, lead=CODEC_LEAD)
         frames_01 = torch.cat((crop.before, crop.pixels), dim=1).transpose(0, 1).float() / 255
         lead = crop.before.shape[1]
         height, width = crop.pixels.shape[-2:]
@@ -407,42 +470,37 @@ class Dataset:
             logs.append(drawn)
         return Sample(crop.pixels, degraded, {**crop.about, "seed": self.config.seed, "degradations": logs})
 
-    def _crop(self, step: int, slot: int, kind: Kind, size: Size, frames: int, lead: int = 0) -> _Crop:
+    def _crop(
+        self, step: int, slot: int, kind: Kind, size: Size, frames: int, part: Part, lead: int = 0
+    ) -> _Crop:
         if kind == "image" and frames != 1:
             raise SettingError(f"An image crop has 1 frame, got frames={frames}; ask for kind='clip'.")
         size = (size, size) if isinstance(size, int) else size
         draw = rng(self.config.seed, f"crop/{kind}", step, slot)
         real = draw.random() < self.config.real
-        photos = self.images, self.image_names
-        pictures, names = photos if (real and self.images) or not self.stills else (self.stills, self.still_names)
+        pictures = self.images if (real and self.images) or not self.stills else self.stills
         about: dict[str, Any] = {"kind": kind, "index": step, "slot": slot, "moving_photo": False}
         before = 0
         if kind == "image":
-            pixels, before, where = self._cut(pictures, names, draw, 1, size, 0)
+            pixels, before, where = self._cut(pictures, draw, 1, size, part)
         elif real and self.clips and draw.random() >= self.config.moving_photo:
-            pixels, before, where = self._cut(self.clips, self.clip_names, draw, frames, size, lead)
+            pixels, before, where = self._cut(self.clips, draw, frames, size, part, lead)
         else:
-            chosen = _pick(pictures, draw, 1, (int(1.5 * size[0]), int(1.5 * size[1])))
-            where = {"source": names[chosen], "moving_photo": True}
-            pixels = moving_view(pictures[chosen][0], draw, frames, size)
+            chosen = pictures.pick(draw, 1, (int(1.5 * size[0]), int(1.5 * size[1])), part)
+            where = {"source": pictures.names[chosen], "moving_photo": True}
+            pixels = moving_view(pictures.sources[chosen][0], draw, frames, size)
         if draw.random() < 0.5:
             pixels, where["flipped"] = pixels[:, :, ::-1], True
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
         return _Crop(tensor[:, before:], tensor[:, :before], {**about, **where})
 
     def _cut(
-        self,
-        sources: Sequence[Source],
-        names: Sequence[str],
-        draw: np.random.Generator,
-        frames: int,
-        size: tuple[int, int],
-        lead: int,
+        self, pool: Pool, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part, lead: int = 0
     ) -> tuple[np.ndarray, int, dict[str, Any]]:
         """A random stretch and window of a random source, reduced to size; how many frames lie before the stretch, at
         most `lead`; and where it was cut."""
-        chosen = _pick(sources, draw, frames, size)
-        source = sources[chosen]
+        chosen = pool.pick(draw, frames, size, part)
+        source = pool.sources[chosen]
         T, H, W, _ = source.shape
         most = min(self.config.max_reduction, min(H / size[0], W / size[1]))
         reduction = draw.uniform(1, most)
@@ -454,7 +512,7 @@ class Dataset:
         views = [stretch[:, top : top + rows, left : left + columns] for top, left in corners]
         best = max(range(LOOKS), key=lambda look: _detail(views[look][before:]))
         top, left = map(int, corners[best])
-        where = {"source": names[chosen], "start": start, "window": [top, left, rows, columns]}
+        where = {"source": pool.names[chosen], "start": start, "window": [top, left, rows, columns]}
         window = np.ascontiguousarray(views[best])
         if (rows, columns) == size:
             return window, before, where
@@ -470,27 +528,9 @@ class _Crop:
     about: dict[str, Any]
 
 
-def _named(sources: Sequence[Source] | dict[str, Source], kind: str) -> tuple[list[str], list[Source]]:
-    if isinstance(sources, dict):
-        return list(sources), list(sources.values())
-    return [f"{kind}{number}" for number in range(len(sources))], list(sources)
-
-
 def _detail(view: np.ndarray) -> float:
     green = view[0, ::2, :, 1].astype(np.int16)
     return float(np.abs(np.diff(green)).mean())
-
-
-def _pick(sources: Sequence[Source], draw: np.random.Generator, frames: int, size: tuple[int, int]) -> int:
-    """The number of a random source that holds so many frames of this size."""
-    wanted = (frames, *size)
-    fit = [i for i, source in enumerate(sources) if all(map(operator.ge, source.shape, wanted))]
-    if not fit:
-        raise SettingError(
-            f"None of {len(sources)} sources has {frames} frames of {size[1]} x {size[0]} pixels; "
-            "choose a smaller crop, a shorter clip or larger data."
-        )
-    return fit[draw.integers(len(fit))]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from .config import parse_command, plain, setting
 from .data import (
     CLIP_SUFFIXES,
     IMAGE_SUFFIXES,
+    SHOT,
     UNREADABLE_SHARE,
     DataConfig,
     Dataset,
@@ -55,7 +56,7 @@ from .data import (
 )
 from .degradation import MIXTURES
 from .randomness import rng, torch_rng
-from .shards import PIXELS, Pair, build_index, is_finished, write_shard
+from .shards import HELD_OUT, PIXELS, Pair, build_index, is_finished, write_shard
 from .state import write_whole
 from .weights import latent_scale, open_vae, published
 
@@ -197,11 +198,16 @@ class Sources:
     config: Precompute
 
     def dataset(self) -> Dataset:
-        return Dataset.load(self.root, self.config.data, self.cache_dir)
+        dataset = Dataset.load(self.root, self.config.data, self.cache_dir)
+        log.info(dataset.split())
+        return dataset
 
 
 def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: int) -> Sample:
-    """One sample. Where its file cannot be read any more, another one, always the same, takes its place."""
+    """One sample; those for validation, the first of each kind, are from sources that no other comes from.
+
+    Where its file cannot be read any more, another one, always the same, takes its place.
+    """
     last: MediaError | None = None
     for attempt in range(SUBSTITUTES + 1):
         try:
@@ -209,7 +215,8 @@ def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: i
             number = index + attempt * crops.count
             shape = crops.shape(config.data.seed, index)
             sample = dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
-                                    frames=crops.frames, variants=config.variants)  # fmt: skip
+                                    frames=crops.frames, variants=config.variants,
+                                    part="held out" if index < HELD_OUT else "training")  # fmt: skip
             return sample if last is None else replace(sample, about={**sample.about, REPLACED: str(last)})
         except MediaError as error:
             log.warning("Sample %d is replaced: %s", index, error)
@@ -305,7 +312,7 @@ class Captions:
         return text
 
     def _places(self, source: str) -> list[Path]:
-        path = Path(source.split("#")[0])
+        path = Path(source.partition(SHOT)[0])
         if path.suffix.lower() in (*IMAGE_SUFFIXES, *CLIP_SUFFIXES):
             path = path.with_suffix("")
         if self.folder is not None:

@@ -15,9 +15,11 @@ from training.data import (
     CLIP_SUFFIXES,
     EXCLUDED_STEMS,
     IMAGE_SUFFIXES,
+    MOST_HELD_OUT,
     DataConfig,
     Dataset,
     Loader,
+    Pool,
     decode,
     list_media,
     list_sources,
@@ -89,7 +91,7 @@ def test_a_moving_view_moves():
 
 def test_loading_leaves_out_what_may_not_be_trained_on(dataset):
     assert (len(dataset.images), len(dataset.clips), len(dataset.stills)) == (3, 1, 2)
-    assert dataset.clips[0].shape == (6, 64, 64, 3)
+    assert dataset.clips.sources[0].shape == (6, 64, 64, 3)
 
 
 def test_every_non_commercial_training_file_is_excluded(sample):
@@ -194,7 +196,7 @@ def test_a_clip_is_split_where_it_cuts_to_another_shot(tmp_path):
     for number, frame in enumerate(two_shots()):
         Image.fromarray(frame).save(tmp_path / f"clips/film/{number:03d}.png")
     dataset = Dataset.load(tmp_path, DataConfig(stills=0, real=1.0, moving_photo=0.0))
-    assert [len(shot) for shot in dataset.clips] == [6, 6]
+    assert [len(shot) for shot in dataset.clips.sources] == [6, 6]
     for slot in range(8):
         crop = dataset.crop(0, slot, kind="clip", size=16, frames=5).float()
         assert crop.std(dim=1).max() < 1
@@ -245,7 +247,7 @@ def test_a_film_that_breaks_off_is_left_out_and_named(tmp_path):
     content = (tmp_path / "half.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
     dataset = Dataset.load(tmp_path, TINY)
-    assert dataset.clip_names == ["whole.mp4"]
+    assert dataset.clips.names == ["whole.mp4"]
     assert [path.name for path in dataset.unreadable] == ["half.mp4"]
 
 
@@ -262,7 +264,7 @@ def test_sources_of_one_name_in_different_folders_are_both_used(tmp_path):
     for number, folder in enumerate(("a/x/y/z", "b/x/y/z")):
         (tmp_path / folder).mkdir(parents=True)
         Image.fromarray(still(0, number, 32)).save(tmp_path / folder / "photo.png")
-    assert Dataset.load(tmp_path, TINY).image_names == ["a/x/y/z/photo.png", "b/x/y/z/photo.png"]
+    assert Dataset.load(tmp_path, TINY).images.names == ["a/x/y/z/photo.png", "b/x/y/z/photo.png"]
 
 
 def test_a_changed_file_is_decoded_anew_in_spite_of_the_cache(tmp_path):
@@ -294,3 +296,49 @@ def test_a_broken_file_is_named(tmp_path):
     broken.write_bytes(b"not a film")
     with pytest.raises(MediaError, match=r"broken\.mp4"):
         decode(broken)
+
+
+SOURCES = {name: np.full((1, 64, 64, 3), level, np.uint8) for level, name in enumerate(
+    [f"photo{n}.png" for n in range(28)] + ["film.mp4#0", "film.mp4#1"])}  # fmt: skip
+
+
+def drawn_from(dataset: Dataset, part: str) -> set[str]:
+    return {dataset.sample(i, MIXTURES["nano"], size=16, part=part).about["source"] for i in range(120)}
+
+
+def test_what_is_kept_for_validation_is_never_trained_on():
+    config = DataConfig(stills=0, real=1.0, held_out=0.2)
+    dataset = Dataset(SOURCES, {}, [], config)
+    held_out, training = drawn_from(dataset, "held out"), drawn_from(dataset, "training")
+    assert held_out | training == set(SOURCES) and not held_out & training
+    assert len(held_out) in (5, 6) and dataset.split() == f"Kept for validation: {len(held_out)} of 30 photographs."
+
+
+def test_a_film_is_kept_with_all_its_shots_wherever_it_lies():
+    kept = []
+    for seed in range(40):
+        for names in (list(SOURCES), list(reversed(SOURCES))):
+            pool = Pool.of({name: SOURCES[name] for name in names}, "image", DataConfig(seed=seed))
+            kept.append({pool.names[i] for i in pool.held_out})
+    assert kept[::2] == kept[1::2]
+    films = [{name for name in names if "film" in name} for names in kept]
+    assert set() in films and {"film.mp4#0", "film.mp4#1"} in films and all(len(film) != 1 for film in films)
+
+
+def test_no_more_are_kept_than_a_validation_looks_at():
+    assert len(Pool.of([SOURCES["photo0.png"]] * 1000, "image", DataConfig()).held_out) == MOST_HELD_OUT
+
+
+def test_of_few_sources_none_is_kept_and_that_is_said():
+    few = Dataset({name: SOURCES[name] for name in list(SOURCES)[:9]}, {}, [], DataConfig(stills=0, real=1.0))
+    assert drawn_from(few, "held out") == drawn_from(few, "training") == set(list(SOURCES)[:9])
+    assert few.split().endswith("0 of 9 photographs. So few photographs are trained on and validated with alike.")
+
+
+def test_a_crop_larger_than_what_is_kept_comes_from_the_rest():
+    sources = {name: np.repeat(np.repeat(frames, 2, 1), 2, 2) for name, frames in SOURCES.items()}
+    config = DataConfig(stills=0, real=1.0)
+    pool = Pool.of(sources, "image", config)
+    small = {name: SOURCES[name] if i in pool.held_out else frames for i, (name, frames) in enumerate(sources.items())}
+    sample = Dataset(small, {}, [], config).sample(0, MIXTURES["nano"], size=100, part="held out")
+    assert sample.clean.shape[-1] == 100

@@ -161,7 +161,7 @@ def test_the_command_writes_a_table_that_training_honours(folder, capsys):
     assert "3 of 5 images pass" in printed and "1 fail duplicate_bits" in printed and "1 of 2 clips pass" in printed
     assert left_out(folder) == {"photo2_again.png", "small.png", "frozen.mp4"}
     dataset = Dataset.load(folder, DataConfig(stills=0))
-    assert (dataset.image_names, dataset.clip_names) == (["photo0.png", "photo1.png", "photo2.png"], ["walk.mp4"])
+    assert (dataset.images.names, dataset.clips.names) == (["photo0.png", "photo1.png", "photo2.png"], ["walk.mp4"])
 
 
 def test_other_limits_need_no_second_look_and_a_changed_file_does(folder, monkeypatch):

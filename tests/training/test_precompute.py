@@ -33,7 +33,7 @@ from training.precompute import (
     tasks,
 )
 from training.procedural import still
-from training.shards import Latents, ShardReader
+from training.shards import HELD_OUT, Latents, ShardReader
 from training.weights import latent_scale, open_vae, published
 
 CONFIG = Precompute(
@@ -81,6 +81,14 @@ def test_a_latent_is_that_of_its_pixels(folder, vae):
     hq, lq, _, _ = ShardReader(target).read(1, variant=1)
     torch.testing.assert_close(hq, encode(vae, sample.clean[None], None)[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(lq, encode(vae, sample.degraded[1][None], None)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_samples_for_validation_are_from_sources_of_their_own():
+    data = replace(CONFIG.data, stills=30, still_size=64)
+    config = replace(CONFIG, crops=(PairCrops(kind="image", count=HELD_OUT + 60, size=32),), variants=1, data=data)
+    dataset = Dataset.load(None, data)
+    sources = [make_sample(dataset, config, config.crops[0], i).about["source"] for i in range(HELD_OUT + 60)]
+    assert len(set(sources[:HELD_OUT])) > 1 and not set(sources[:HELD_OUT]) & set(sources[HELD_OUT:])
 
 
 def test_a_sampled_latent_lies_around_its_mean_and_is_drawn_once(folder, vae):
