@@ -48,12 +48,13 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Say so if this type will be far slower than fp32 on a CPU."""
+def warn_of_emulation(dtype: torch.dtype, device: torch.device, remedy: str = "choose fp32") -> None:
+    """Say so, and what to do, if this type will be far slower than fp32 on a CPU."""
     if device.type == "cpu" and dtype.itemsize < 4 and not (dtype == torch.bfloat16 and _cpu_has_bf16()):
         log.warning(
-            "This CPU has no instructions for %s, and takes 4 to 60 times as long in it; choose fp32",
+            "This CPU has no instructions for %s, and takes 4 to 60 times as long in it; %s",
             str(dtype).removeprefix("torch."),
+            remedy,
         )
 
 

@@ -144,7 +144,7 @@ def open_session(command: Command, config: Any) -> Session:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = local_device(str(pick_device(command.device)))
     if config.run.parallel.precision != "fp32":
-        warn_of_emulation(torch.bfloat16, device)
+        warn_of_emulation(torch.bfloat16, device, "add run.parallel.precision=fp32")
     return Session(
         resume=command.resume,
         most_steps=command.most_steps,

@@ -18,7 +18,7 @@ from seedvr2_core.kernels import choices_for
 from seedvr2_core.models.dit import SEEDVR2_3B, DiT, DiTConfig, make_layout
 from seedvr2_core.models.linear import pack
 from seedvr2_core.video.geometry import PATCH, Grid
-from tests.bench.measure import Call, Case, Options, build, main, random
+from tests.bench.measure import Call, Case, Options, build, dtypes, main, random
 from tests.core.models.plain_dit import PlainDiT, plain_layouts
 
 LAYERS = replace(SEEDVR2_3B, depth=4, separate_layers=1)
@@ -30,7 +30,6 @@ CUDA_GRIDS = (Grid(1, 45, 80), Grid(7, 45, 80))
 QUICK_GRIDS = (Grid(1, 4, 6),)
 # Tokens of the published positive prompt.
 TEXT_TOKENS = 58
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def restore(config: DiTConfig, grid: Grid, dtype: torch.dtype, packing: str, device: torch.device) -> Call:
@@ -74,12 +73,14 @@ def list_cases(options: Options) -> Sequence[Case]:
     grids = QUICK_GRIDS if options.quick else CUDA_GRIDS if options.device.type == "cuda" else CPU_GRIDS
     cases = []
     for grid in grids:
-        contenders = {}
-        for label, dtype in DTYPES.items():
+        contenders, against = {}, {}
+        for label, dtype in dtypes(options).items():
             contenders[f"plain {label}"] = partial(restore_plainly, config, grid, dtype)
             contenders[f"fast {label}"] = partial(restore, config, grid, dtype, "auto")
-        contenders["fp8"] = partial(restore, config, grid, torch.bfloat16, "fp8")
-        against = {f"fast {label}": f"plain {label}" for label in DTYPES} | {"fp8": "plain bf16"}
+            against[f"fast {label}"] = f"plain {label}"
+        if "plain bf16" in contenders:
+            contenders["fp8"] = partial(restore, config, grid, torch.bfloat16, "fp8")
+            against["fp8"] = "plain bf16"
         if options.device.type == "cuda":
             contenders["chosen bf16"] = partial(restore_by_choice, config, grid, torch.bfloat16, "auto")
             contenders["chosen fp8"] = partial(restore_by_choice, config, grid, torch.bfloat16, "fp8")

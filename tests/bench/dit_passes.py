@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from seedvr2_core.models.dit import DiT, DiTConfig
 from seedvr2_core.models.linear import pack
 from seedvr2_core.video.geometry import Grid
-from tests.bench.dit import CPU_GRIDS, DTYPES, LAYERS, TEXT_TOKENS, make_inputs
-from tests.bench.measure import build
+from tests.bench.dit import CPU_GRIDS, LAYERS, TEXT_TOKENS, make_inputs
+from tests.bench.measure import DTYPES, build
 from tests.core.models.plain_dit import PlainDiT
 
 CPU = torch.device("cpu")

@@ -24,7 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seedvr2_core.device import pick_dtype
+
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Side of the square matrices whose product tells what this machine can do, by device.
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 
@@ -70,6 +73,13 @@ class Options:
     warmups: int
     runs: int
     quick: bool
+
+
+def dtypes(options: Options) -> dict[str, torch.dtype]:
+    """The types to measure: bf16 only where the device multiplies in it, as emulated it would take hours."""
+    if options.quick or options.device.type != "cpu" or pick_dtype("auto", options.device) is torch.bfloat16:
+        return DTYPES
+    return {"fp32": torch.float32}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from seedvr2_core.loading import fast_options
 from seedvr2_core.models.vae import SEEDVR2_VAE, CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE
 from seedvr2_core.video.geometry import latent_grid
-from tests.bench.measure import Call, Case, Options, build, main, random
+from tests.bench.measure import DTYPES, Call, Case, Options, build, dtypes, main, random
 
 Shape = tuple[int, int, int]
 
@@ -27,7 +27,6 @@ CPU_SHAPES: tuple[Shape, ...] = ((5, 96, 96), (9, 128, 128), (1, 256, 256))
 CUDA_SHAPES: tuple[Shape, ...] = ((1, 720, 1280), (5, 720, 1280), (9, 720, 1280), (25, 720, 1280))
 QUICK_SHAPES: tuple[Shape, ...] = ((5, 32, 32), (1, 48, 32))
 QUICK_VAE = VAEConfig(widths=(32, 32, 64, 64), blocks=1)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 
@@ -88,7 +87,7 @@ def run(step: Callable, x: Tensor, length: int, literal: bool) -> Tensor:
 def list_cases(options: Options) -> Sequence[Case]:
     config = QUICK_VAE if options.quick else SEEDVR2_VAE
     shapes = QUICK_SHAPES if options.quick else CUDA_SHAPES if options.device.type == "cuda" else CPU_SHAPES
-    names = [*product(("plain", "fast"), DTYPES)]
+    names = [*product(("plain", "fast"), dtypes(options))]
     if options.device.type == "cuda":
         names = [("plain", "fp32"), ("plain", "bf16"), ("fast", "bf16"), ("direct", "bf16"), ("chosen", "bf16")]
     cases = []
