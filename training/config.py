@@ -527,7 +527,11 @@ def load_saved(directory: Path) -> dict[str, Any] | None:
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[str]:
-    """A line for every field of a config: key, value, meaning, unit, range and source."""
+    """A line for every field of a config: key, value, meaning, unit, range and source.
+
+    Configs of the engine, which knows no `setting`, say what a field means by annotating its type.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for entry in dataclasses.fields(config):
         value, key = getattr(config, entry.name), f"{prefix}{entry.name}"
         if dataclasses.is_dataclass(value):
@@ -537,8 +541,11 @@ def describe(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from describe(part, f"{key}.{index}.")
         else:
             shown = json.dumps(plain(value)).replace('"', "")
-            source = f" [{entry.metadata['source']}]" if entry.metadata.get("source") else ""
-            yield f"  {key + '=' + shown:<48} {entry.metadata.get('about', '')}{source}".rstrip()
+            about = entry.metadata.get("about") or " ".join(getattr(hints[entry.name], "__metadata__", ()))
+            least, most = (entry.metadata.get(bound) for bound in ("least", "most"))
+            limits = [] if least is None and most is None else [f"({'' if least is None else least}..{most or ''})"]
+            source = [f"[{entry.metadata['source']}]"] if entry.metadata.get("source") else []
+            yield f"  {key + '=' + shown:<48} {' '.join([about, *limits, *source])}".rstrip()
 
 
 def _settings(recipes: Mapping[str, Any], argv: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.video.geometry import to_uint8
 from seedvr2_core.video.shots import scene_cuts, split_shots
 
+from .config import setting
 from .degradation import CODEC_LEAD, Mixture, degrade, draw_profile, upsample
 from .procedural import moving_view, still
 from .randomness import key, rng
@@ -70,30 +71,18 @@ UNREADABLE_SHARE = 0.001
 class DataConfig:
     """What a crop is drawn from."""
 
-    seed: int = 0
-    # Share of crops from photographs and clips; the rest is procedural.
-    real: float = 0.8
-    # Share of the real clips that are a camera move over a photograph, because clips on disk are few.
-    moving_photo: float = 0.25
-    # A crop is taken up to this many times larger and reduced: sharper than its source, and objects in more sizes.
-    max_reduction: float = 2.0
-    # Procedural pictures drawn before training, and their side in pixels.
-    stills: int = 48
-    still_size: int = 512
-    # Share of the photographs, the clips and the procedural pictures that only samples for validation are drawn from.
-    held_out: float = 0.1
-    # Whether clips stay decoded, in memory or in the cache folder, or are decoded anew for every crop: slow and small.
-    keep_clips: bool = True
-    # File names, without suffix, to leave out.
-    excluded: tuple[str, ...] = EXCLUDED_STEMS
-
-    def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("real", "moving_photo", "held_out")}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise SettingError(f"{name} is a share in 0..1, got {share}.")
-        if self.max_reduction < 1:
-            raise SettingError(f"max_reduction is {self.max_reduction}; a crop can only be reduced, use 1 or more.")
+    seed: int = setting(0, "of every draw")
+    real: float = setting(0.8, "share of crops from photographs and clips; the rest is procedural", least=0, most=1)
+    # Because clips on disk are few.
+    moving_photo: float = setting(0.25, "share of real clips that are a camera move over a photograph", least=0, most=1)
+    # Sharper than its source, and objects in more sizes.
+    max_reduction: float = setting(2.0, "times by which a crop may be taken larger, and reduced", least=1)
+    stills: int = setting(48, "procedural pictures, drawn before training", least=0)
+    still_size: int = setting(512, "their side in pixels", least=16)
+    held_out: float = setting(0.1, "share of the files of each kind that are for validation alone", least=0, most=1)
+    # In memory or in the cache folder.
+    keep_clips: bool = setting(True, "keep clips decoded; false: decode for every crop, which is slow and small")
+    excluded: tuple[str, ...] = setting(EXCLUDED_STEMS, "file names, without suffix, to leave out")
 
 
 def decode(path: Path) -> np.ndarray:

@@ -74,7 +74,7 @@ ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapte
 class LoraConfig:
     """Size and strength of the adapters."""
 
-    rank: int = setting(32, "r", least=1, frozen=True)
+    rank: int = setting(32, "of every adapter", least=1, frozen=True)
     alpha: float | None = setting(None, "numerator of the strength alpha / r; none: r", least=0)
     base: BaseType = setting("bf16", "type of the frozen weights; fp8: e4m3 with a scale for every row")
     offload_blocks: int = setting(

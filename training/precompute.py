@@ -78,7 +78,7 @@ class PairCrops:
     kind: Kind = setting("image", "image or clip")
     count: int = setting(about="samples", least=1)
     size: int = setting(about="side of a square crop in pixels; the area of the others", least=16)
-    frames: int = setting(1, "4n+1", least=1)
+    frames: int = setting(1, "frames of a clip, 4n+1; 1: pictures", least=1)
     aspects: int = setting(1, "shapes of that area, from wide to tall; 1: squares alone", least=1)
 
     @property

@@ -59,7 +59,7 @@ class Crops:
 
     batch: int = setting(about="crops of a micro-batch", least=1)
     size: int = setting(about="side in pixels, a multiple of 16", least=16)
-    frames: int = setting(1, "4n+1", least=1)
+    frames: int = setting(1, "frames of a clip, 4n+1; 1: pictures", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

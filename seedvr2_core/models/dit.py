@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,19 +48,19 @@ Mlp = Literal["swiglu", "gelu"]
 class DiTConfig:
     """Sizes of one transformer."""
 
-    dim: int
-    depth: int
-    heads: int
-    separate_layers: int  # layers, counted from the first, whose text has weights of its own
-    mlp: Mlp
-    mlp_hidden: int
-    rope: RopeKind
-    out_norm: bool  # normalise and modulate before the last projection
-    modulate_last_text: bool  # whether text is scaled and shifted on its way into the last attention
-    head_dim: int = 128
-    text_dim: int = 5120
-    in_channels: int = 33  # noisy latent 16, condition 16, mask 1
-    out_channels: int = 16
+    dim: Annotated[int, "channels of every token"]
+    depth: Annotated[int, "layers"]
+    heads: Annotated[int, "of the attention"]
+    separate_layers: Annotated[int, "layers, counted from the first, whose text has weights of its own"]
+    mlp: Annotated[Mlp, "swiglu: gated, three matrices; gelu: two"]
+    mlp_hidden: Annotated[int, "channels between these"]
+    rope: Annotated[RopeKind, "whether rotary positions are given to text as well"]
+    out_norm: Annotated[bool, "normalise and modulate before the last projection"]
+    modulate_last_text: Annotated[bool, "whether text is scaled and shifted on its way into the last attention"]
+    head_dim: Annotated[int, "channels of a head"] = 128
+    text_dim: Annotated[int, "channels of the prompt"] = 5120
+    in_channels: Annotated[int, "noisy latent 16, condition 16, mask 1"] = 33
+    out_channels: Annotated[int, "of the velocity"] = 16
     windows: WindowConfig = WindowConfig()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,11 @@ MAX_SCORES = 1 << 26
 class VAEConfig:
     """Sizes of one autoencoder."""
 
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each stage, fine to coarse
-    blocks: int = 2  # residual blocks in an encoder stage; a decoder stage has one more
-    latent_channels: int = 16
-    groups: int = 32  # of every GroupNorm
-    scale: float = 0.9152  # what the transformer sees is scale * latent
+    widths: Annotated[tuple[int, ...], "channels of each stage, fine to coarse"] = (128, 256, 512, 512)
+    blocks: Annotated[int, "residual blocks in an encoder stage; a decoder stage has one more"] = 2
+    latent_channels: Annotated[int, "numbers by 8 x 8 pixels of four frames"] = 16
+    groups: Annotated[int, "of every GroupNorm"] = 32
+    scale: Annotated[float, "what the transformer sees is scale * latent"] = 0.9152
 
 
 SEEDVR2_VAE = VAEConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ class Span(NamedTuple):
 class WindowConfig:
     """How windows follow from the size of a clip."""
 
-    splits: Grid = Grid(4, 3, 3)  # windows along each axis of a clip of the training area
-    train_area: tuple[int, int] = (45, 80)  # tokens; one covers 16 x 16 pixels, so this is 1280 x 720
-    max_t: int = 30  # latent frames; a longer clip gets more windows along time, not longer ones
+    splits: Annotated[Grid, "windows along time, height and width of a clip of the training area"] = Grid(4, 3, 3)
+    # A token covers 16 x 16 pixels, so this is 1280 x 720.
+    train_area: Annotated[tuple[int, int], "height and width, in tokens"] = (45, 80)
+    max_t: Annotated[int, "latent frames; a longer clip gets more windows along time, not longer ones"] = 30
     # The rule of the first SeedVR, to compare with: every clip is cut into windows of this size, whatever its own.
-    size: Grid | None = None  # tokens; None: adaptive, as everything above says
+    size: Annotated[Grid | None, "tokens; none: adaptive, as the others say"] = None
 
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) < 1:

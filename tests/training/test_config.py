@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import pytest
 
 from seedvr2_core.errors import SettingError
 from seedvr2_core.models.dit import DiTConfig
-from training import apt, config, distill, lora, pretrain, vae
+from training import ablation, apt, config, distill, lora, precompute, pretrain, vae
 from training.config import OptimConfig, RunConfig, check, load_config, override, parse_command, run_main, setting
 
 FOLDERS = ["--out", "run", "--data", "files"]
@@ -250,8 +251,16 @@ def test_help_lists_every_setting_with_its_value_meaning_and_source(recipe, caps
     assert left.value.code == 0
     lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
     assert "1000.0" not in lines["optim.lr"] and "0.001" in lines["optim.lr"]
-    assert "of the samples" in lines["share"] and "[S2]" in lines["share"]
+    assert lines["share"].endswith("of the samples (0..1) [S2]")
     assert {"run.parallel.sp", "crops.1.frames", "model.windows.max_t", "run.max_hours"} <= lines.keys()
+
+
+@pytest.mark.parametrize("stage", [ablation, apt, distill, lora, precompute, pretrain, vae], ids=lambda s: s.__name__)
+def test_help_says_what_every_setting_means(stage):
+    for recipe in stage.RECIPES.values():
+        # Two spaces, key=value, at least one more, and the meaning.
+        without = [line for line in config.describe(recipe) if not re.search(r"[^=\s]=.*\S\s+\w*[a-z]{2}", line)]
+        assert without == []
 
 
 def test_options_stand_anywhere_among_the_overrides(recipe):
