@@ -74,7 +74,7 @@ ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapte
 class LoraConfig:
     """Size and strength of the adapters."""
 
-    rank: int = setting(32, "of every adapter", least=1, frozen=True)
+    rank: int = setting(32, "inner width r of an adapter", least=1, frozen=True)
     alpha: float | None = setting(None, "numerator of the strength alpha / r; none: r", least=0)
     base: BaseType = setting("bf16", "type of the frozen weights; fp8: e4m3 with a scale for every row")
     offload_blocks: int = setting(
@@ -107,7 +107,7 @@ class LoraTraining:
     lora: LoraConfig = LoraConfig()
     run: RunConfig
     g: OptimConfig
-    d: OptimConfig | None = None  # of the discriminator's adapters and readout
+    d: OptimConfig | None = setting(None, "of the discriminator's adapters and readout; none: flow matching")
     guard: GuardConfig = GuardConfig(on_spike="alert")
     batch: int = setting(1, "samples of a micro-batch", least=1, frozen=True)
     text: TextConfig = TextConfig()
