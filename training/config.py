@@ -542,10 +542,11 @@ def describe(config: Any, prefix: str = "") -> Iterator[str]:
         else:
             shown = json.dumps(plain(value)).replace('"', "")
             about = entry.metadata.get("about") or " ".join(getattr(hints[entry.name], "__metadata__", ()))
-            least, most = (entry.metadata.get(bound) for bound in ("least", "most"))
-            limits = [] if least is None and most is None else [f"({'' if least is None else least}..{most or ''})"]
-            source = [f"[{entry.metadata['source']}]"] if entry.metadata.get("source") else []
-            yield f"  {key + '=' + shown:<48} {' '.join([about, *limits, *source])}".rstrip()
+            bounds = [entry.metadata.get(bound) for bound in ("least", "most")]
+            limits = "..".join("" if bound is None else str(bound) for bound in bounds)
+            source = entry.metadata.get("source")
+            about += (f" ({limits})" if limits != ".." else "") + (f" [{source}]" if source else "")
+            yield f"  {key + '=' + shown:<48} {about}".rstrip()
 
 
 def _settings(recipes: Mapping[str, Any], argv: Sequence[str]) -> str:

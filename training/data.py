@@ -459,9 +459,7 @@ class Dataset:
             logs.append(drawn)
         return Sample(crop.pixels, degraded, {**crop.about, "seed": self.config.seed, "degradations": logs})
 
-    def _crop(
-        self, step: int, slot: int, kind: Kind, size: Size, frames: int, part: Part, lead: int = 0
-    ) -> _Crop:
+    def _crop(self, step: int, slot: int, kind: Kind, size: Size, frames: int, part: Part, lead: int = 0) -> _Crop:
         if kind == "image" and frames != 1:
             raise SettingError(f"An image crop has 1 frame, got frames={frames}; ask for kind='clip'.")
         size = (size, size) if isinstance(size, int) else size
