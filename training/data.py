@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,6 +294,8 @@ class Pool:
     names: list[str]
     sources: list[Source]
     held_out: frozenset[int]
+    # By length and size, which have it: looking at all of them for every crop would take long.
+    _fitting: dict[tuple[int, int, int], list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, given: Sequence[Source] | dict[str, Source], kind: str, config: DataConfig) -> Pool:
@@ -307,6 +309,14 @@ class Pool:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def fitting(self, frames: int, size: tuple[int, int]) -> list[int]:
+        """The numbers of the sources that hold so many frames of this size."""
+        wanted = (frames, *size)
+        if wanted not in self._fitting:
+            found = [i for i, source in enumerate(self.sources) if all(map(operator.ge, source.shape, wanted))]
+            self._fitting[wanted] = found
+        return self._fitting[wanted]
+
     def pick(self, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part) -> int:
         """The number of a random source that holds so many frames of this size: of the part asked for, where that has
         one.
@@ -314,8 +324,7 @@ class Pool:
         Raises:
             SettingError: no source does.
         """
-        wanted = (frames, *size)
-        fit = [i for i, source in enumerate(self.sources) if all(map(operator.ge, source.shape, wanted))]
+        fit = self.fitting(frames, size)
         if not fit:
             raise SettingError(
                 f"None of {len(self)} sources has {frames} frames of {size[1]} x {size[0]} pixels; "
@@ -414,7 +423,8 @@ class Dataset:
 
         Args:
             step: optimiser step.
-            kind: "image" draws from photographs, "clip" from clips and camera moves over photographs.
+            kind: "image" draws from photographs, or frames of clips where there are none, "clip" from clips and camera
+                moves over photographs.
             batch: crops.
             size: of a crop, in pixels.
             frames: length of a clip, 4n+1; an image has one frame.
@@ -465,21 +475,41 @@ class Dataset:
         size = (size, size) if isinstance(size, int) else size
         draw = rng(self.config.seed, f"crop/{kind}", step, slot)
         real = draw.random() < self.config.real
-        pictures = self.images if (real and self.images) or not self.stills else self.stills
+        moving = kind == "clip" and real and bool(self.clips) and draw.random() < self.config.moving_photo
+        pool, moved = self._choose(kind, real, moving)
         about: dict[str, Any] = {"kind": kind, "index": step, "slot": slot, "moving_photo": False}
         before = 0
-        if kind == "image":
-            pixels, before, where = self._cut(pictures, draw, 1, size, part)
-        elif real and self.clips and draw.random() >= self.config.moving_photo:
-            pixels, before, where = self._cut(self.clips, draw, frames, size, part, lead)
+        if moved:
+            chosen = pool.pick(draw, 1, _around(size), part)
+            where = {"source": pool.names[chosen], "moving_photo": True}
+            pixels = moving_view(pool.sources[chosen][0], draw, frames, size)
         else:
-            chosen = pictures.pick(draw, 1, (int(1.5 * size[0]), int(1.5 * size[1])), part)
-            where = {"source": pictures.names[chosen], "moving_photo": True}
-            pixels = moving_view(pictures.sources[chosen][0], draw, frames, size)
+            pixels, before, where = self._cut(pool, draw, frames, size, part, lead if kind == "clip" else 0)
         if draw.random() < 0.5:
             pixels, where["flipped"] = pixels[:, :, ::-1], True
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)))
         return _Crop(tensor[:, before:], tensor[:, :before], {**about, **where})
+
+    def _choose(self, kind: Kind, real: bool, moving: bool) -> tuple[Pool, bool]:
+        """The sources of a crop, and whether it is a camera move over a picture of them.
+
+        What there are none of is replaced: photographs by frames of clips, then by procedural pictures, which are
+        replaced by real ones.
+        """
+        if kind == "image":
+            taken = self.images or self.clips
+            return (taken if (real and taken) or not self.stills else self.stills), False
+        pictures = self.images if (real and self.images) or not self.stills else self.stills
+        if self.clips and ((real and not moving) or not pictures):
+            return self.clips, False
+        return pictures, True
+
+    def fits(self, kind: Kind, size: tuple[int, int], frames: int) -> bool:
+        """Whether crops of this size can be had from all that they may be drawn from."""
+        reals = [real for real, share in ((True, self.config.real), (False, 1 - self.config.real)) if share]
+        moves = [m for m, share in ((True, self.config.moving_photo), (False, 1 - self.config.moving_photo)) if share]
+        chosen = (self._choose(kind, real, moving) for real in reals for moving in moves)
+        return all(pool.fitting(1, _around(size)) if moved else pool.fitting(frames, size) for pool, moved in chosen)
 
     def _cut(
         self, pool: Pool, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part, lead: int = 0
@@ -513,6 +543,11 @@ class _Crop:
     pixels: torch.Tensor  # uint8 3 T H W
     before: torch.Tensor  # uint8 3 n H W, the frames in front of it
     about: dict[str, Any]
+
+
+def _around(size: tuple[int, int]) -> tuple[int, int]:
+    """What a picture has to hold for a camera of this size to move over it."""
+    return int(1.5 * size[0]), int(1.5 * size[1])
 
 
 def _detail(view: np.ndarray) -> float:

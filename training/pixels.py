@@ -55,7 +55,8 @@ class Pixels:
         self.dataset = Sources(root, directory / "sources", config).dataset()
         self.variants, self.autoencoder, self.unreadable = config.variants, str(config.vae), self.work.replaced
         self.samples = [(crops, index) for crops in config.crops for index in range(crops.count)]
-        shapes = [latent_grid(crops.frames, *crops.shape(config.data.seed, index)) for crops, index in self.samples]
+        sizes = (crops.shape(config.data.seed, index, self.dataset) for crops, index in self.samples)
+        shapes = [latent_grid(crops.frames, *size) for (crops, _), size in zip(self.samples, sizes, strict=True)]
         self.buckets = sorted(set(shapes))
         self.bucket_of = np.array([self.buckets.index(shape) for shape in shapes])
         self.kind_of = np.repeat(np.arange(len(config.crops)), [crops.count for crops in config.crops])

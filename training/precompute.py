@@ -85,9 +85,26 @@ class PairCrops:
     def name(self) -> str:
         return f"{self.kind}-{self.frames}x{self.size}" + (f"x{self.aspects}" if self.aspects > 1 else "")
 
-    def shape(self, seed: int, index: int) -> tuple[int, int]:
+    def sizes(self, dataset: Dataset) -> list[tuple[int, int]]:
+        """The shapes that the data is large enough for.
+
+        Raises:
+            SettingError: there is none.
+        """
+        every = aspect_sizes(self.size**2, self.aspects)
+        found = [size for size in every if dataset.fits(self.kind, size, self.frames)]
+        if not found:
+            frames = f"{self.frames} frames of " if self.frames > 1 else ""
+            raise SettingError(
+                f"No source is large and long enough for {self.name}, which is {frames}about {self.size} x {self.size} "
+                "pixels. Set a smaller size or fewer frames for these crops, such as crops.0.size=256, or take larger "
+                "data."
+            )
+        return found
+
+    def shape(self, seed: int, index: int, dataset: Dataset) -> tuple[int, int]:
         """Height and width of one sample."""
-        sizes = aspect_sizes(self.size**2, self.aspects)
+        sizes = self.sizes(dataset)
         return sizes[int(rng(seed, f"aspect/{self.name}", index).integers(len(sizes)))]
 
 
@@ -200,6 +217,10 @@ class Sources:
     def dataset(self) -> Dataset:
         dataset = Dataset.load(self.root, self.config.data, self.cache_dir)
         log.info(dataset.split())
+        for crops in self.config.crops:
+            found, every = crops.sizes(dataset), aspect_sizes(crops.size**2, crops.aspects)
+            if len(found) < len(every):
+                log.info("%s: %d of %d shapes; the data is too small for others.", crops.name, len(found), len(every))
         return dataset
 
 
@@ -213,7 +234,7 @@ def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: i
         try:
             # Beyond the last sample of this kind lie numbers that nobody uses.
             number = index + attempt * crops.count
-            shape = crops.shape(config.data.seed, index)
+            shape = crops.shape(config.data.seed, index, dataset)
             sample = dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
                                     frames=crops.frames, variants=config.variants,
                                     part="held out" if index < HELD_OUT else "training")  # fmt: skip

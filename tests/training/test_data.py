@@ -342,3 +342,46 @@ def test_a_crop_larger_than_what_is_kept_comes_from_the_rest():
     small = {name: SOURCES[name] if i in pool.held_out else frames for i, (name, frames) in enumerate(sources.items())}
     sample = Dataset(small, {}, [], config).sample(0, MIXTURES["nano"], size=100, part="held out")
     assert sample.clean.shape[-1] == 100
+
+
+def film(height: int, width: int, frames: int = 6) -> np.ndarray:
+    return np.arange(frames, dtype=np.uint8)[:, None, None, None] + np.zeros((frames, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("stills", [0, 2])
+def test_without_photographs_pictures_are_frames_of_clips(stills):
+    pictures = [np.full((1, 64, 64, 3), 99, np.uint8)] * stills
+    dataset = Dataset({}, {"film.mp4": film(64, 64)}, pictures, DataConfig(real=1.0, moving_photo=0.0))
+    samples = [dataset.sample(i, MIXTURES["nano"], size=32) for i in range(20)]
+    assert {sample.about["source"] for sample in samples} == {"film.mp4"}
+    assert {sample.clean[0, 0, 0, 0].item() for sample in samples} == set(range(6))
+
+
+def test_clips_that_are_not_kept_decoded_give_pictures_too(root):
+    clips = Dataset.load(root, DataConfig(stills=0, keep_clips=False)).clips
+    alone = Dataset({}, dict(zip(clips.names, clips.sources, strict=True)), [], DataConfig(moving_photo=1.0))
+    assert alone.crop(0, size=32).shape == (3, 1, 32, 32)
+    assert alone.crop(0, kind="clip", size=32, frames=5).shape == (3, 5, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "config, kind, size, fits",
+    [
+        (DataConfig(real=1.0, moving_photo=0.0), "clip", (64, 96), True),
+        (DataConfig(real=1.0, moving_photo=0.0), "clip", (96, 64), False),
+        # A camera needs room to move over a photograph.
+        (DataConfig(real=1.0), "clip", (64, 96), False),
+        (DataConfig(real=1.0), "clip", (64, 64), True),
+        (DataConfig(real=1.0), "image", (96, 96), True),
+        # A fifth of the pictures are procedural ones, which are smaller here.
+        (DataConfig(real=0.8), "image", (96, 96), False),
+        (DataConfig(real=0.8), "image", (48, 48), True),
+    ],
+)
+def test_a_size_fits_if_all_that_it_may_be_cut_from_have_it(config, kind, size, fits):
+    photo, still = np.zeros((1, 96, 96, 3), np.uint8), np.zeros((1, 48, 48, 3), np.uint8)
+    dataset = Dataset([photo], [film(64, 96)], [still], config)
+    assert dataset.fits(kind, size, 5 if kind == "clip" else 1) is fits
+    if fits:
+        for index in range(20):
+            dataset.crop(index, kind=kind, size=size, frames=5 if kind == "clip" else 1)

@@ -17,6 +17,7 @@ from seedvr2_core.errors import MediaError, SettingError
 from seedvr2_core.models.vae import VAEConfig, VideoVAE
 from tests.training.test_data import write_clip
 from training import precompute
+from training.buckets import aspect_sizes
 from training.config import to_yaml
 from training.data import DataConfig, Dataset
 from training.precompute import (
@@ -89,6 +90,26 @@ def test_the_samples_for_validation_are_from_sources_of_their_own():
     dataset = Dataset.load(None, data)
     sources = [make_sample(dataset, config, config.crops[0], i).about["source"] for i in range(HELD_OUT + 60)]
     assert len(set(sources[:HELD_OUT])) > 1 and not set(sources[:HELD_OUT]) & set(sources[HELD_OUT:])
+
+
+WIDE = {"film.mp4": np.zeros((5, 48, 96, 3), np.uint8)}
+
+
+def test_shapes_that_the_data_is_too_small_for_are_left_out():
+    crops = PairCrops(kind="clip", count=40, size=48, frames=5, aspects=5)
+    dataset = Dataset({}, WIDE, [], DataConfig(seed=1, real=1.0))
+    config = replace(CONFIG, crops=(crops,), variants=1, data=dataset.config)
+    shapes = {tuple(make_sample(dataset, config, crops, i).clean.shape[2:]) for i in range(40)}
+    assert shapes == set(crops.sizes(dataset)) and len(shapes) > 1
+    assert all(h <= 48 and w <= 96 for h, w in shapes)
+    assert any(h > 48 for h, w in aspect_sizes(48**2, 5))
+
+
+def test_data_that_is_too_small_for_every_shape_is_refused_before_anything_is_made():
+    dataset = Dataset({}, WIDE, [], DataConfig(real=1.0))
+    for crops in (PairCrops(kind="clip", count=1, size=48, frames=9, aspects=3), PairCrops(count=1, size=64)):
+        with pytest.raises(SettingError, match=rf"No source is large.* for {crops.name}"):
+            crops.sizes(dataset)
 
 
 def test_a_sampled_latent_lies_around_its_mean_and_is_drawn_once(folder, vae):
