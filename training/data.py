@@ -294,8 +294,8 @@ class Pool:
     names: list[str]
     sources: list[Source]
     held_out: frozenset[int]
-    # By length and size, which have it: looking at all of them for every crop would take long.
-    _fitting: dict[tuple[int, int, int], list[int]] = field(default_factory=dict, repr=False)
+    # By length, size and part, which have it: looking at all of them for every crop would take long.
+    _fitting: dict[tuple[int, tuple[int, int], Part], list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, given: Sequence[Source] | dict[str, Source], kind: str, config: DataConfig) -> Pool:
@@ -309,13 +309,15 @@ class Pool:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def fitting(self, frames: int, size: tuple[int, int]) -> list[int]:
-        """The numbers of the sources that hold so many frames of this size."""
-        wanted = (frames, *size)
-        if wanted not in self._fitting:
-            found = [i for i, source in enumerate(self.sources) if all(map(operator.ge, source.shape, wanted))]
-            self._fitting[wanted] = found
-        return self._fitting[wanted]
+    def fitting(self, frames: int, size: tuple[int, int], part: Part = "all") -> list[int]:
+        """The numbers of the sources that hold so many frames of this size, of a part if anything is held out."""
+        asked = frames, size, part
+        if asked not in self._fitting:
+            found = [i for i, source in enumerate(self.sources) if all(map(operator.ge, source.shape, (frames, *size)))]
+            if part != "all" and self.held_out:
+                found = [i for i in found if (i in self.held_out) == (part == "held out")]
+            self._fitting[asked] = found
+        return self._fitting[asked]
 
     def pick(self, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part) -> int:
         """The number of a random source that holds so many frames of this size: of the part asked for, where that has
@@ -324,14 +326,12 @@ class Pool:
         Raises:
             SettingError: no source does.
         """
-        fit = self.fitting(frames, size)
+        fit = self.fitting(frames, size, part) or self.fitting(frames, size)
         if not fit:
             raise SettingError(
                 f"None of {len(self)} sources has {frames} frames of {size[1]} x {size[0]} pixels; "
                 "choose a smaller crop, a shorter clip or larger data."
             )
-        if part != "all":
-            fit = [i for i in fit if (i in self.held_out) == (part == "held out")] or fit
         return fit[draw.integers(len(fit))]
 
 
@@ -504,12 +504,13 @@ class Dataset:
             return self.clips, False
         return pictures, True
 
-    def fits(self, kind: Kind, size: tuple[int, int], frames: int) -> bool:
+    def fits(self, kind: Kind, size: tuple[int, int], frames: int, part: Part = "all") -> bool:
         """Whether crops of this size can be had from all that they may be drawn from."""
         reals = [real for real, share in ((True, self.config.real), (False, 1 - self.config.real)) if share]
         moves = [m for m, share in ((True, self.config.moving_photo), (False, 1 - self.config.moving_photo)) if share]
         chosen = (self._choose(kind, real, moving) for real in reals for moving in moves)
-        return all(pool.fitting(1, _around(size)) if moved else pool.fitting(frames, size) for pool, moved in chosen)
+        wanted = ((pool, 1, _around(size)) if moved else (pool, frames, size) for pool, moved in chosen)
+        return all(pool.fitting(length, room, part) for pool, length, room in wanted)
 
     def _cut(
         self, pool: Pool, draw: np.random.Generator, frames: int, size: tuple[int, int], part: Part, lead: int = 0

@@ -51,6 +51,7 @@ from .data import (
     DataConfig,
     Dataset,
     Kind,
+    Part,
     Sample,
     left_out,
 )
@@ -71,6 +72,11 @@ CAPTION_SUFFIX = ".txt.safetensors"
 REPLACED = "replaced"
 
 
+def part_of(index: int) -> Part:
+    """Which files a sample comes from: the first of each kind are for validation, see `shards.Latents`."""
+    return "held out" if index < HELD_OUT else "training"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairCrops:
     """Samples of one length and area."""
@@ -85,14 +91,16 @@ class PairCrops:
     def name(self) -> str:
         return f"{self.kind}-{self.frames}x{self.size}" + (f"x{self.aspects}" if self.aspects > 1 else "")
 
-    def sizes(self, dataset: Dataset) -> list[tuple[int, int]]:
-        """The shapes that the data is large enough for.
+    def sizes(self, dataset: Dataset, part: Part = "all") -> list[tuple[int, int]]:
+        """The shapes that a part of the data is large enough for, or all of it where that part is not.
 
         Raises:
             SettingError: there is none.
         """
         every = aspect_sizes(self.size**2, self.aspects)
-        found = [size for size in every if dataset.fits(self.kind, size, self.frames)]
+        fitting = {which: [size for size in every if dataset.fits(self.kind, size, self.frames, which)]
+                   for which in (part, "all")}  # fmt: skip
+        found = fitting[part] or fitting["all"]
         if not found:
             frames = f"{self.frames} frames of " if self.frames > 1 else ""
             raise SettingError(
@@ -104,7 +112,7 @@ class PairCrops:
 
     def shape(self, seed: int, index: int, dataset: Dataset) -> tuple[int, int]:
         """Height and width of one sample."""
-        sizes = self.sizes(dataset)
+        sizes = self.sizes(dataset, part_of(index))
         return sizes[int(rng(seed, f"aspect/{self.name}", index).integers(len(sizes)))]
 
 
@@ -237,7 +245,7 @@ def make_sample(dataset: Dataset, config: Precompute, crops: PairCrops, index: i
             shape = crops.shape(config.data.seed, index, dataset)
             sample = dataset.sample(number, MIXTURES[config.degradation], kind=crops.kind, size=shape,
                                     frames=crops.frames, variants=config.variants,
-                                    part="held out" if index < HELD_OUT else "training")  # fmt: skip
+                                    part=part_of(index))  # fmt: skip
             return sample if last is None else replace(sample, about={**sample.about, REPLACED: str(last)})
         except MediaError as error:
             log.warning("Sample %d is replaced: %s", index, error)

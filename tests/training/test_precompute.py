@@ -105,6 +105,17 @@ def test_shapes_that_the_data_is_too_small_for_are_left_out():
     assert any(h > 48 for h, w in aspect_sizes(48**2, 5))
 
 
+def test_no_shape_makes_a_file_for_validation_one_to_train_on():
+    tall = {f"{n}.png": np.zeros((1, 96, 48, 3), np.uint8) for n in range(10)}
+    wide = {f"wide{n}.png": np.zeros((1, 48, 96, 3), np.uint8) for n in range(10)}
+    for seed in range(8):
+        dataset = Dataset(tall | wide, {}, [], DataConfig(seed=seed, real=1.0))
+        crops = PairCrops(count=HELD_OUT + 40, size=48, aspects=7)
+        config = replace(CONFIG, crops=(crops,), variants=1, data=dataset.config)
+        sources = [make_sample(dataset, config, crops, i).about["source"] for i in range(HELD_OUT + 40)]
+        assert not set(sources[:HELD_OUT]) & set(sources[HELD_OUT:])
+
+
 def test_data_that_is_too_small_for_every_shape_is_refused_before_anything_is_made():
     dataset = Dataset({}, WIDE, [], DataConfig(real=1.0))
     for crops in (PairCrops(kind="clip", count=1, size=48, frames=9, aspects=3), PairCrops(count=1, size=64)):
