@@ -1,6 +1,7 @@
 """The command line: `seedvr2 restore IN OUT`, `seedvr2 info FILE`, `seedvr2 download NAME`.
 
-Exit codes: 0 done; 1 refused or failed, with one sentence on stderr; 2 wrong arguments; 130 interrupted by Ctrl-C.
+Exit codes: 0 done; 1 refused or failed, with one sentence on stderr; 2 wrong arguments; 130 interrupted by Ctrl-C;
+141 stopped because nobody reads what it prints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read what is printed, such as `head`, has seen enough. What is left would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SeedVR2Error as error:
         print(f"seedvr2: {error}", file=sys.stderr)
         return 1

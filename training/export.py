@@ -60,7 +60,9 @@ def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Te
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if averages and at in kept:
         return load_file(kept[at])
-    there = ", ".join(map(str, sorted({**found, **(kept if averages else {})}))) or "none"
+    there = ", ".join(map(str, sorted({**found, **(kept if averages else {})})))
+    if not there:
+        raise CheckpointError(f"{run} holds no {what} weights of any step; run the stage that writes them first.")
     raise CheckpointError(f"{run} holds no {what} weights of step {step}; there are those of {there}.")
 
 

@@ -105,8 +105,8 @@ class PairCrops:
             frames = f"{self.frames} frames of " if self.frames > 1 else ""
             raise SettingError(
                 f"No source is large and long enough for {self.name}, which is {frames}about {self.size} x {self.size} "
-                "pixels. Set a smaller size or fewer frames for these crops, such as crops.0.size=256, or take larger "
-                "data."
+                "pixels. Set a smaller size or fewer frames for these crops, crops.N.size or crops.N.frames, or take "
+                "larger data."
             )
         return found
 

@@ -443,6 +443,15 @@ def test_info_describes_a_checkpoint(runnable_files, capsys):
     assert lines["loadable"] == "yes"
 
 
+def test_info_is_cut_short_by_whoever_reads_it():
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-m", "seedvr2_core", "info", str(NANO_DIT)], cwd=ROOT, stdout=write,
+                         stderr=subprocess.PIPE, text=True)  # fmt: skip
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("name", ["missing.mp4", "missing.safetensors", "text.mp4", "text.pth"])
 def test_info_refuses_in_one_sentence(tmp_path, capsys, name):
     for path in (tmp_path / "text.mp4", tmp_path / "text.pth"):

@@ -97,7 +97,7 @@ def test_weights_that_were_not_kept_are_refused_with_those_that_were(pretrain_ru
     with pytest.raises(CheckpointError, match="step 7; there are those of 1, 2"):
         read(pretrain_run, 7)
     assert main(["--run", str(tmp_path), "--out", str(tmp_path / "m.safetensors")]) == 1
-    assert "there are those of none" in capsys.readouterr().err
+    assert "no ema weights of any step; run the stage" in capsys.readouterr().err
 
 
 def test_adapters_are_exported_merged(lora_run, tmp_path, tiny_dit, inputs, pretrain_run):
