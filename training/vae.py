@@ -329,7 +329,10 @@ def start(config: VAETraining, data: Dataset) -> VideoVAE:
         return vae
     vae = VideoVAE(config.model)
     if config.start == "linear":
-        start_linear(vae, data.sample_batch(0, batch=256, size=128).squeeze(2))
+        # One latent is of the first frame of a clip, the next of four; a picture is four frames that do not move.
+        pictures = data.sample_batch(0, batch=192, size=128).expand(-1, -1, 4, -1, -1)
+        clips = data.sample_batch(0, kind="clip", batch=64, size=128, frames=5)[:, :, 1:]
+        start_linear(vae, torch.cat([pictures, clips]))
     return vae
 
 
