@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seedvr2_core.models import vae_fast, winograd
+from seedvr2_core.models import causal_taps, winograd
+from seedvr2_core.models.frames import channels_last
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
-from seedvr2_core.models.vae_fast import FastOptions, FastVAE, channels_last, flow
+from seedvr2_core.models.vae_fast import FastOptions, FastVAE, flow
 from seedvr2_core.models.winograd import WinogradTaps
 from tests.core.conftest import NEEDS_BF16
 
@@ -88,7 +89,7 @@ def test_no_convolution_sees_more_values_than_a_library_can_count(vae, monkeypat
     close(FastVAE(vae, FastOptions(winograd_from=None)).decode(latent), expected)
     whole = max(seen)
     seen.clear()
-    monkeypatch.setattr(vae_fast, "COUNTED", whole // 3)
+    monkeypatch.setattr(causal_taps, "COUNTED", whole // 3)
     close(FastVAE(vae, FastOptions(winograd_from=None)).decode(latent), expected)
     # A band has a neighbour's row on either side.
     assert whole // 3 < max(seen) < whole // 2
