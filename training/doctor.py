@@ -505,7 +505,8 @@ def _fake_stage(name: str, config: Any, folder: Path) -> Callable[[], tuple[Any,
         fake = replace(config, batch_tokens=None, curriculum=pictures, text=TextConfig())
         return lambda: (AdversarialStage(fake, latents, *(Restorer(fake.model) for _ in range(2))),
                         {"d": fake.d, "g": fake.g})  # fmt: skip
-    from .lora import AdaptedAdversarialStage, Base, flow_matching, players
+    from .adapters import Base
+    from .lora import AdaptedAdversarialStage, flow_matching, players
 
     fake = replace(config, curriculum=pictures, text=TextConfig())
 

@@ -1,7 +1,8 @@
 """Weights of a run -> a checkpoint. `python -m training.export --run runs/distill/01 --out model.safetensors`
 
 The file has the published tensor names, the config in its metadata and the prompts beside the weights, so the nodes
-and the command line load it at once. Adapters are merged into the model they were trained on.
+and the command line load it at once. Adapters, of a run or of a folder in peft's format, are merged into the model that
+they were trained on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from seedvr2_core.checkpoints import save
 from seedvr2_core.errors import CheckpointError, SeedVR2Error
 from seedvr2_core.models.vae import VideoVAE
 
-from . import config as configs
 from . import state, weights
-from .lora import merged
+from .adapters import AboutAdapters, load_adapters
 from .restorer import Restorer
 from .shards import Latents
 
@@ -41,13 +41,15 @@ def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Te
     """Weights of a run, by name.
 
     Args:
-        run: its directory.
+        run: its directory, or a folder of adapters, which are of no step.
         step: of a checkpoint, or of averaged weights that were kept for good; None: the last checkpoint.
         what: averaged, or as they were trained.
 
     Raises:
         CheckpointError: nothing was kept of that step.
     """
+    if AboutAdapters.in_folder(run):
+        return load_adapters(run)
     found = {int(path.name.removeprefix("step_")): path for path in state.complete(run / state.FOLDER)}
     kept = {int(path.stem.removeprefix("step_")): path for path in (run / state.AVERAGED).glob("step_*.safetensors")}
     averages = what == "ema"
@@ -78,7 +80,7 @@ def export(
     """Write the checkpoint of a run, of whatever stage.
 
     Args:
-        run: its directory.
+        run: its directory, or a folder of adapters.
         out: the file to write.
         step: see `read`.
         what: see `read`.
@@ -89,16 +91,15 @@ def export(
     Raises:
         CheckpointError: there is nothing to export, or the file cannot be written.
     """
+    adapted = weights.about_adapters(run)
     tensors = read(run, step, what)
-    saved = configs.load_saved(run) or {}
-    metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": f"{run.name}, step {step}, {what}"}
-    is_lora = weights.base_of(saved) is not None
-    if "prompt" not in tensors and not is_lora:
+    of = f"{run.name}, {what}" + ("" if step is None else f", step {step}")
+    metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": of}
+    if "prompt" not in tensors and not adapted:
         vae = weights.build_vae(run, tensors)
         _save_vae(vae.to(dtype), out, latents, metadata)
         return
-    restorer = merged(run, tensors, torch.float32, "cpu") if is_lora else weights.build_restorer(run, tensors)
-    _save_restorer(restorer, out, dtype, weights.open_negative(run), metadata)
+    _save_restorer(weights.build_restorer(run, tensors), out, dtype, weights.open_negative(run), metadata)
 
 
 def _save_vae(vae: VideoVAE, out: Path, latents: Path | None, metadata: dict[str, str]) -> None:
@@ -125,7 +126,7 @@ def _save_restorer(
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory of any stage")
+    parser.add_argument("--run", type=Path, required=True, help="run directory of any stage, or a folder of adapters")
     parser.add_argument("--step", type=int, help="of the weights (default: the last)")
     parser.add_argument("--what", choices=tuple(PREFIXES), default="ema", help="averaged weights, or raw ones")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")

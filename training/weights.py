@@ -22,6 +22,7 @@ from seedvr2_core.video.geometry import Grid
 
 from . import config as configs
 from . import state
+from .adapters import AboutAdapters, LoraConfig, load_adapters, merged
 from .restorer import Restorer
 
 NAMES = ("nano", *NAMED)
@@ -90,19 +91,13 @@ def open_restorer(
     """A transformer with its prompt: the averaged weights of a run, a checkpoint, or a published model.
 
     A published model brings its positive prompt, which a run of fine-tuning may go on training. A run of
-    `training.lora` is opened merged.
+    `training.lora`, and a folder of adapters in peft's format, is opened merged into what it is for.
 
     Raises:
         CheckpointError: there is none.
     """
     if is_run(where):
-        tensors = state.load_averaged(Path(where))
-        saved = configs.load_saved(Path(where)) or {}
-        if base_of(saved) is not None:
-            from .lora import merged  # it builds on this file
-
-            return merged(Path(where), tensors, dtype, device)
-        return build_restorer(Path(where), tensors).to(device, dtype)
+        return build_restorer(Path(where), read_weights(Path(where)), device).to(device, dtype)
     path = published(where, "dit")
     dit = load_dit(path, dtype, device)
     prompt = load_prompts(path).positive
@@ -112,21 +107,47 @@ def open_restorer(
     return restorer
 
 
-def build_restorer(run: Path, tensors: Mapping[str, Tensor]) -> Restorer:
-    """The transformer of a run, with these weights of it, and its prompt."""
-    restorer = empty_restorer(dit_config(run), len(tensors.get("prompt", ())))
-    _load(restorer, tensors, run)
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a run, or the adapters of a folder in peft's format.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    return load_adapters(folder) if AboutAdapters.in_folder(folder) else state.load_averaged(folder)
+
+
+def build_restorer(folder: Path, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Restorer:
+    """The transformer of a run or a folder of adapters, with these weights of it, in fp32, and its prompt.
+
+    Adapters are merged in fp32, whatever type their base had in training: it is rounded once.
+
+    Raises:
+        CheckpointError: the weights are of another model, or what adapters are for is not on this machine.
+    """
+    if about := about_adapters(folder):
+        base = open_restorer(about.base, torch.float32, device)
+        if not about.prompted:
+            nn.init.zeros_(base.prompt)
+        return merged(base, about.config, tensors, folder)
+    restorer = empty_restorer(dit_config(folder), len(tensors.get("prompt", ())))
+    _load(restorer, tensors, folder)
     restorer.dit.reset_frequencies()
     return restorer
 
 
-def base_of(saved: Mapping[str, Any]) -> str | None:
-    """What a run of `training.lora` adapts, by its saved config; None: it is a run of another stage, or its generator
-    was trained as a whole."""
+def about_adapters(folder: Path) -> AboutAdapters | None:
+    """What a run of `training.lora`, or a folder in peft's format, adapts; None: it is a run of another stage, or its
+    generator was trained as a whole.
+
+    Raises:
+        CheckpointError: nothing can be made of the folder.
+    """
+    saved = configs.load_saved(folder) or {}
     if "lora" not in saved or saved.get("generator") == "full":
-        return None
+        return AboutAdapters.in_folder(folder)
     # Older runs call it base.
-    return saved.get("init", saved.get("base"))
+    base = saved.get("init", saved.get("base"))
+    return AboutAdapters(base, LoraConfig(**saved["lora"]), saved.get("text", {}).get("mode") != "none")
 
 
 def open_negative(where: str | Path) -> Tensor | None:
@@ -138,8 +159,9 @@ def open_negative(where: str | Path) -> Tensor | None:
     """
     if not is_run(where):
         return load_prompts(published(where, "dit")).negative
-    saved = configs.load_saved(Path(where)) or {}
-    named = saved.get("text", {}).get("negative") or base_of(saved)
+    named = (configs.load_saved(Path(where)) or {}).get("text", {}).get("negative")
+    if named is None and (about := about_adapters(Path(where))):
+        named = about.base
     return None if named is None else open_negative(named)
 
 

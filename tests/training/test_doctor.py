@@ -11,6 +11,7 @@ import torch
 from seedvr2_core.errors import SettingError
 from tests.training.toys import in_processes
 from training import apt, distill, doctor, lora, pretrain, vae
+from training.adapters import AdaptedLinear
 from training.config import ParallelConfig
 from training.restorer import Restorer
 
@@ -184,7 +185,7 @@ def test_a_frozen_base_is_counted_in_the_type_it_has(tiny_dit, kind, bytes_each,
     config = replace(recipe, model=replace(tiny_dit, dim=256, heads=4, head_dim=64, mlp_hidden=512), batch=1)
     config = replace(config, lora=replace(config.lora, base=kind))
     workload = lora.workload(config)
-    layers = [layer for layer in workload.helpers["base"].modules() if isinstance(layer, lora.AdaptedLinear)]
+    layers = [layer for layer in workload.helpers["base"].modules() if isinstance(layer, AdaptedLinear)]
     weights = sum(layer.weight.numel() for layer in layers)
     assert sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) == bytes_each * weights
     counted = doctor.measure(config, workload).helpers

@@ -21,9 +21,10 @@ from seedvr2_core.checkpoints.folders import NANO_DIT as NANO_FILE
 from seedvr2_core.checkpoints.folders import NANO_VAE
 from seedvr2_core.errors import CheckpointError
 from training import loop
+from training.adapters import Base, LoraConfig
 from training.config import CONFIG_FILE, OptimConfig, RunConfig, load_saved, to_yaml
 from training.export import export, main, read
-from training.lora import Base, LoraConfig, LoraTraining, flow_matching
+from training.lora import LoraTraining, flow_matching
 from training.pretrain import NANO_DIT, Pretraining, PretrainStage
 from training.procedural import still
 from training.restorer import Restorer

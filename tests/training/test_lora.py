@@ -18,25 +18,30 @@ from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
 from tests.training.toys import in_processes, untimed
 from training import config as configs
 from training import export, journal, loop, state
-from training.config import OptimConfig, ParallelConfig, RunConfig
-from training.curriculum import Phase
-from training.discriminator import tap_blocks
-from training.lora import (
+from training.adapters import (
+    ADAPTER_CONFIG,
     ADAPTER_FILE,
-    RECIPES,
-    AdaptedAdversarialStage,
-    AdaptedDiscConfig,
+    AboutAdapters,
     AdaptedDiscriminator,
     AdaptedRestorer,
     Adapters,
     Base,
     LoraConfig,
+    load_adapters,
+    merged,
+    save_adapters,
+)
+from training.config import OptimConfig, ParallelConfig, RunConfig
+from training.curriculum import Phase
+from training.discriminator import tap_blocks
+from training.lora import (
+    RECIPES,
+    AdaptedAdversarialStage,
+    AdaptedDiscConfig,
     LoraTraining,
     flow_matching,
-    load_adapters,
     open_base,
     players,
-    save_adapters,
 )
 from training.parallel import Layers, Processes, connect
 from training.pretrain import RECIPES as PRETRAIN_RECIPES
@@ -203,23 +208,67 @@ def test_a_base_in_fp8_is_close_to_the_model_and_passes_gradients(restorer, inpu
 
 
 def test_saved_adapters_have_pefts_names_and_come_back(restorer, inputs, tmp_path):
-    base = Base(restorer)
-    adapted = trained(AdaptedRestorer(base, SMALL))
-    save_adapters(tmp_path, adapted.adapters, SMALL, "nano")
+    adapted = trained(AdaptedRestorer(Base(restorer), SMALL))
+    save_adapters(tmp_path, adapted.adapters, SMALL, "nano", prompted=False)
     with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
         assert "base_model.model.blocks.0.attn.proj_qkv.vid.lora_A.weight" in file.keys()  # noqa: SIM118
-    again = load_adapters(tmp_path, base)
+    assert AboutAdapters.in_folder(tmp_path) == AboutAdapters("nano", replace(SMALL, base="bf16"), prompted=False)
+    expected = adapted.state_dict()
+    again = load_adapters(tmp_path)
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
+
+
+def test_a_folder_of_adapters_is_opened_and_exported_merged(inputs, tmp_path):
+    """It is small and can be sent to whoever has what it is for."""
+    base = Base(open_restorer("nano"))
+    adapted = trained(AdaptedRestorer(base, SMALL))
+    save_adapters(tmp_path / "sent", adapted.adapters, SMALL, "nano")
     expected = adapted.velocity(*inputs)
-    adapted.adapters = again
-    assert torch.equal(adapted.velocity(*inputs), expected)
+    torch.testing.assert_close(open_restorer(tmp_path / "sent").velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(open_restorer("nano").velocity(*inputs), expected, atol=1e-2)
+    file = tmp_path / "mine.safetensors"
+    assert export.main(["--run", str(tmp_path / "sent"), "--out", str(file), "--dtype", "fp32"]) == 0
+    torch.testing.assert_close(open_restorer(file).velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
+    save_adapters(tmp_path / "sent", adapted.adapters, SMALL, "nano", prompted=False)
+    assert not open_restorer(tmp_path / "sent").prompt.any()
 
 
 def test_adapters_of_another_model_are_refused(restorer, tiny_dit, tmp_path):
     save_adapters(tmp_path, Adapters(Base(restorer), SMALL), SMALL, "nano")
     with pytest.raises(CheckpointError, match="another model"):
-        load_adapters(tmp_path, Base(Restorer(replace(tiny_dit, mlp_hidden=56))))
-    with pytest.raises(CheckpointError, match="no adapters"):
-        load_adapters(tmp_path / "nowhere", Base(Restorer(tiny_dit)))
+        merged(Restorer(replace(tiny_dit, mlp_hidden=56)), SMALL, load_adapters(tmp_path), tmp_path)
+    assert AboutAdapters.in_folder(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"r": 4}', "base_model_name_or_path"),
+        ('{"base_model_name_or_path": "nano", "r": "many", "lora_alpha": 4}', "cannot be read"),
+        ('{"base_model_name_or_path": "nano", "r": 0, "lora_alpha": 4}', "at least 1"),
+        ('{"base_model_name_or_path": "nowhere", "r": 4, "lora_alpha": 4}', "nowhere is neither"),
+        # As large as it says, it would take more memory than there is.
+        ('{"base_model_name_or_path": "nano", "r": 1000000000, "lora_alpha": 4}', "another model"),
+    ],
+)
+def test_adapters_that_lie_about_themselves_are_refused(config, words, tmp_path):
+    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL), SMALL, "nano")
+    (tmp_path / ADAPTER_CONFIG).write_text(config)
+    with pytest.raises(CheckpointError, match=words):
+        open_restorer(tmp_path)
+
+
+def test_adapters_that_were_cut_off_are_refused(tmp_path, capsys):
+    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL), SMALL, "nano")
+    file = tmp_path / ADAPTER_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    assert export.main(["--run", str(tmp_path), "--out", str(tmp_path / "mine.safetensors")]) == 1
+    assert "adapter_model.safetensors cannot be read" in capsys.readouterr().err
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_restorer(tmp_path)
 
 
 def test_flow_matching_trains_adapters_and_resumes_to_the_bit(restorer, config, shard_latents, tmp_path):

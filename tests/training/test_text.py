@@ -10,13 +10,14 @@ from torch import nn
 
 from seedvr2_core.errors import CheckpointError, SettingError
 from training import distill, loop, pretrain
+from training.adapters import Base, LoraConfig
 from training.apt import AdversarialStage, PostTraining
 from training.buckets import Deal
 from training.config import OptimConfig, RunConfig
 from training.curriculum import Phase
 from training.discriminator import Discriminator
 from training.distill import Distillation, HalvingStage
-from training.lora import AdaptedAdversarialStage, AdaptedDiscConfig, Base, LoraConfig, LoraTraining, flow_matching
+from training.lora import AdaptedAdversarialStage, AdaptedDiscConfig, LoraTraining, flow_matching
 from training.pretrain import Pretraining, PretrainStage
 from training.restorer import Restorer
 from training.shards import HELD_OUT, Latents, Pair, build_index, write_shard
