@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import Tensor
 
 from seedvr2_core.checkpoints import save
@@ -61,7 +60,7 @@ def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Te
         state.quietly(dcp.load, tensors, checkpoint_id=found[at], no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if averages and at in kept:
-        return load_file(kept[at])
+        return state.load_kept(kept[at])
     there = ", ".join(map(str, sorted({**found, **(kept if averages else {})})))
     if not there:
         raise CheckpointError(f"{run} holds no {what} weights of any step; run the stage that writes them first.")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -225,17 +226,29 @@ def load_averaged(directory: Path, name: str = "ema") -> dict[str, Tensor]:
         CheckpointError: no run was saved there.
     """
     if directory.is_file():
-        return load_file(directory)
+        return load_kept(directory)
     found = complete(directory / FOLDER)
     if not found:
         kept = sorted((directory / AVERAGED).glob("step_*.safetensors"))
         if kept:
-            return load_file(kept[-1])
+            return load_kept(kept[-1])
         raise CheckpointError(f"{directory} holds no complete checkpoint; run the stage that writes it first.")
     names = {key: size for key, size in stored(found[-1]).items() if key.startswith(f"{name}/")}
     tensors = {key: torch.empty(size) for key, size in names.items()}
     quietly(dcp.load, tensors, checkpoint_id=found[-1], no_dist=True)
     return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()}
+
+
+def load_kept(path: Path) -> dict[str, Tensor]:
+    """What `save_averaged` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or truncated.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or take another step.") from error
 
 
 def save_averaged(directory: Path, step: int, averages: Mapping[str, Tensor], processes: Processes) -> None:

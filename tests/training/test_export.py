@@ -101,6 +101,18 @@ def test_weights_that_were_not_kept_are_refused_with_those_that_were(pretrain_ru
     assert "no ema weights of any step; run the stage" in capsys.readouterr().err
 
 
+def test_averages_that_were_cut_off_are_refused(pretrain_run, tmp_path, capsys):
+    kept = tmp_path / "run/ema/step_000003.safetensors"
+    kept.parent.mkdir(parents=True)
+    save_file(read(pretrain_run), kept)
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "m.safetensors")]) == 1
+    assert "step_000003.safetensors cannot be read" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="take another step"):
+        open_restorer(tmp_path / "run")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 def test_adapters_are_exported_merged(lora_run, tmp_path, tiny_dit, inputs, pretrain_run):
     export(lora_run, tmp_path / "merged.safetensors", dtype=torch.float32)
     merged = open_restorer(tmp_path / "merged.safetensors")
