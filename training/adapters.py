@@ -369,8 +369,8 @@ def save_adapters(folder: Path, adapters: Adapters, config: LoraConfig, base: st
         save_file(tensors, part, metadata={"format": "pt"})
         part.replace(folder / ADAPTER_FILE)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written ({error}); choose another folder.") from error
 
 
 @dataclass(frozen=True)
