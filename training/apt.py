@@ -422,7 +422,7 @@ def main() -> None:
         print(doctor.estimate(config, workload(config)))
         return
     session = loop.open_session(command, config)
-    stage = load_stage(loop.resolved(config, session), Latents(command.data, config.run.seed))
+    stage = load_stage(loop.resolved(config, session), Latents(command.data, config.run.seed, session.processes.device))
     loop.run(stage, config, {"d": config.d, "g": config.g}, command.out, session)
 
 

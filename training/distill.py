@@ -281,7 +281,7 @@ def main() -> None:
         print(doctor.estimate(config, doctor.of_distillation(config)))
         return
     session = loop.open_session(command, config)
-    latents = Latents(command.data, config.run.seed)
+    latents = Latents(command.data, config.run.seed, session.processes.device)
     halvings = [config.steps >> i for i in range(config.steps.bit_length() - 1)]
     folders = [command.out / f"{steps // 2:02d}" for steps in halvings]
     # Before the first is begun: what is refused would else be after days. And as the first process finds it: others

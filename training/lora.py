@@ -250,7 +250,7 @@ def main() -> None:
         return
     session = loop.open_session(command, config)
     adapted = partial(open_base, config=config.lora, device=session.processes.device)
-    latents = Latents(command.data, config.run.seed)
+    latents = Latents(command.data, config.run.seed, session.processes.device)
     if config.objective == "apt":
         both = players(config, adapted, partial(load_run, config=config.model))
         stage = AdaptedAdversarialStage(loop.resolved(config, session), latents, *both)

@@ -36,21 +36,22 @@ class Pixels:
     A new autoencoder, which has no scale yet, gets the one of the held-out samples; in shards it is that of all.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, device: str):
         """
         Args:
             directory: where `precompute.note` left word; decoded sources are kept there.
+            device: where the autoencoder works, as for `pick_device`.
 
         Raises:
             CheckpointError: there is no such autoencoder.
             MediaError: there are no media, or more than a few samples cannot be made.
-            SettingError: a caption cannot be used.
+            SettingError: a caption cannot be used, or there is no such device.
         """
         about = json.loads((directory / PIXELS).read_text("utf-8"))
         root = None if about["media"] is None else Path(about["media"])
         self.config = config = from_plain(Precompute, about["config"])
-        device = pick_device("auto")
-        self.vae = open_vae(config.vae, pick_dtype("auto", device), device)
+        place = pick_device(device)
+        self.vae = open_vae(config.vae, pick_dtype("auto", place), place)
         self.work = Work(config, root)
         self.dataset = Sources(root, directory / "sources", config).dataset()
         self.variants, self.autoencoder, self.unreadable = config.variants, str(config.vae), self.work.replaced

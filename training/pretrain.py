@@ -251,7 +251,8 @@ def main() -> None:
         return
     session = loop.open_session(command, config)
     start = load_run(config.init, config.model) if config.init else None
-    stage = PretrainStage(loop.resolved(config, session), Latents(command.data, config.run.seed), start)
+    latents = Latents(command.data, config.run.seed, session.processes.device)
+    stage = PretrainStage(loop.resolved(config, session), latents, start)
     loop.run(stage, config, {"g": config.optim}, command.out, session)
 
 

@@ -399,15 +399,15 @@ class Latents:
         source: a folder of shards, or the address of one; a folder of plain safetensors files, one a kind, each
             {"hq": n c t h w, "lq": the same}; what `training.precompute mode=pixels` leaves; or what else has pairs.
         seed: of the run.
-        device: for the batches.
+        device: where an autoencoder works whose latents are made when they are asked for. Batches are in host memory.
 
     Raises:
         CheckpointError: the folder holds no latents.
     """
 
-    def __init__(self, source: Path | str | Store, seed: int, device: torch.device | str = "cpu"):
-        self.seed, self.device = seed, torch.device(device)
-        self.store = _open(source) if isinstance(source, Path | str) else source
+    def __init__(self, source: Path | str | Store, seed: int, device: torch.device | str = "auto"):
+        self.seed = seed
+        self.store = _open(source, str(device)) if isinstance(source, Path | str) else source
         self.scale = self.store.scale
         kinds, shapes = np.asarray(self.store.kind_of), self.store.bucket_of
         self._kinds = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
@@ -490,11 +490,11 @@ class Latents:
         variants = [int(draw.integers(self.store.variants)) if self.store.variants > 1 else 0 for draw in draws]
         hq, lq, texts, really = zip(*map(self.store.read, map(int, ids), variants), strict=True)
         bucket = self.store.buckets[self.store.bucket_of[ids[0]]]
-        stacked = [torch.stack(part).to(self.device).float() * self.scale for part in (hq, lq)]
+        stacked = [torch.stack(part).float() * self.scale for part in (hq, lq)]
         return LatentBatch(*stacked, list(texts), np.asarray(really), bucket)
 
 
-def _open(where: Path | str) -> Store:
+def _open(where: Path | str, device: str) -> Store:
     if "://" in str(where):
         return _Shards(ShardReader(where))
     directory = Path(where)
@@ -503,7 +503,7 @@ def _open(where: Path | str) -> Store:
     if (directory / PIXELS).exists() and not (directory / INDEX).exists():
         from .pixels import Pixels  # it builds on this file
 
-        return Pixels(directory)
+        return Pixels(directory, device)
     return _Shards(ShardReader(directory))
 
 

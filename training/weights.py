@@ -22,7 +22,7 @@ from seedvr2_core.video.geometry import Grid
 
 from . import config as configs
 from . import state
-from .adapters import AboutAdapters, LoraConfig, load_adapters, merged
+from .adapters import ADAPTER_CONFIG, AboutAdapters, LoraConfig, load_adapters, merged
 from .restorer import Restorer
 
 NAMES = ("nano", *NAMED)
@@ -142,6 +142,19 @@ def about_adapters(folder: Path) -> AboutAdapters | None:
     Raises:
         CheckpointError: nothing can be made of the folder.
     """
+    about = _adapters_of(folder)
+    base, met = about, {folder.resolve()}
+    while base and is_run(base.base):
+        if (place := Path(base.base).resolve()) in met:
+            raise CheckpointError(f"The adapters in {folder} are for a model that is in turn made of {place}; expected "
+                                  "one that ends at a checkpoint. Mend base_model_name_or_path in its "
+                                  f"{ADAPTER_CONFIG}.")
+        met.add(place)
+        base = _adapters_of(place)
+    return about
+
+
+def _adapters_of(folder: Path) -> AboutAdapters | None:
     saved = configs.load_saved(folder) or {}
     if "lora" not in saved or saved.get("generator") == "full":
         return AboutAdapters.in_folder(folder)

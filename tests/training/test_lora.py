@@ -260,6 +260,13 @@ def test_adapters_that_lie_about_themselves_are_refused(config, words, tmp_path)
         open_restorer(tmp_path)
 
 
+def test_adapters_for_themselves_are_refused(restorer, tmp_path):
+    for name, base in (("ours", tmp_path / "theirs"), ("theirs", tmp_path / "ours")):
+        save_adapters(tmp_path / name, Adapters(Base(restorer), SMALL), SMALL, str(base))
+    with pytest.raises(CheckpointError, match="ends at a checkpoint"):
+        open_restorer(tmp_path / "ours")
+
+
 def test_adapters_that_were_cut_off_are_refused(tmp_path, capsys):
     save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL), SMALL, "nano")
     file = tmp_path / ADAPTER_FILE

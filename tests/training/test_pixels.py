@@ -103,6 +103,12 @@ def test_the_command_makes_nothing_and_shards_come_first_where_there_are_some(me
     assert type(Latents(tmp_path, seed=0).store).__name__ == "_Shards"
 
 
+def test_they_are_made_on_the_device_of_the_stage(media, tmp_path):
+    note(tmp_path, replace(CONFIG, crops=(PairCrops(count=2, size=32),)), media)
+    with pytest.raises(SettingError, match="cannot be used here"):
+        Latents(tmp_path, 0, "nowhere")
+
+
 def test_a_new_autoencoder_gets_the_scale_of_what_is_held_out(media, tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "latent_scale", lambda *args: None)
     note(tmp_path, replace(CONFIG, crops=(PairCrops(count=2, size=32),)), media)
