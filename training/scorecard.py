@@ -76,10 +76,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--color", default=Settings.color)
+    parser.add_argument("--strength", type=float, default=Settings.strength)
     args = parser.parse_args()
     device = pick_device(args.device)
     models = load_models(args.dit, args.vae, device, pick_dtype("auto", device))
-    settings = Settings(color=args.color, steps=args.steps)
+    settings = Settings(color=args.color, steps=args.steps, strength=args.strength)
     rows, kinds = {}, {}
     for item in tqdm(eval_items(args.data, args.side, args.frames)):
         rows[item.name] = score(item, models, settings)
@@ -89,6 +90,7 @@ def main() -> None:
         "side": args.side,
         "color": args.color,
         "steps": args.steps,
+        "strength": args.strength,
         "device": str(device),
         "dtype": str(models.dtype),
         "torch": torch.__version__,
