@@ -52,6 +52,7 @@ class LossConfig:
     w_adv: float = setting(1.0, "weight of the adversarial loss", source="S2", least=0)
     # 1.0 in the paper's ablation, 0.1 in its final models.
     w_1: float = setting(0.1, "weight of L1", source="S2", least=0)
+    relative_1: bool = setting(False, "L1 as a share of what the degraded latent is off by, sample by sample")
     w_F: float = setting(0.1, "weight of feature matching", source="S2", least=0)  # noqa: N815, the paper's name
 
     def __post_init__(self) -> None:
@@ -292,8 +293,9 @@ class AdversarialStage:
         adv = losses.relativistic_g(r, f) if config.adv == "rp" else losses.non_saturating_g(r, f)
         distances = losses.feature_distances(features, real_features)
         l1 = losses.l1(restored, sample.real)
+        fidelity = losses.relative_l1(restored, sample.real, sample.condition) if config.relative_1 else l1
         # A term that is switched off is not multiplied by 0: nothing of it is kept or computed backwards.
-        terms = ((config.w_adv, adv), (config.w_1, l1), (config.w_F, distances.mean()))
+        terms = ((config.w_adv, adv), (config.w_1, fidelity), (config.w_F, distances.mean()))
         loss = sum(weight * term for weight, term in terms if weight)
         (scale * loss).backward()
         taps = zip(self.discriminator.taps, distances.tolist(), strict=True)

@@ -2,7 +2,8 @@
 
 The file has the published tensor names, the config in its metadata and the prompts beside the weights, so the nodes
 and the command line load it at once. Adapters, of a run or of a folder in peft's format, are merged into the model that
-they were trained on.
+they were trained on. `--toward RUN --share S` takes every weight a share of the way to that of another run, as between
+one that was trained on fidelity and one trained on realism (ESRGAN, arXiv 1809.00219, section 3.4).
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from seedvr2_core.checkpoints import save
-from seedvr2_core.errors import CheckpointError, SeedVR2Error
+from seedvr2_core.errors import CheckpointError, SeedVR2Error, SettingError
 from seedvr2_core.models.vae import VideoVAE
 
 from . import state, weights
@@ -67,6 +68,29 @@ def read(run: Path, step: int | None = None, what: What = "ema") -> dict[str, Te
     raise CheckpointError(f"{run} holds no {what} weights of step {step}; there are those of {there}.")
 
 
+@dataclass(frozen=True)
+class Toward:
+    """Where the weights of a run are moved: `share` of the way, 0..1, to those that `run` ended with."""
+
+    run: Path
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise SettingError(f"The share of the way to another run is a number in 0..1, got {self.share:g}.")
+
+    def move(self, tensors: Mapping[str, Tensor], what: What) -> dict[str, Tensor]:
+        """`tensors`, moved, in fp32; averaged ones to averaged ones, others to others.
+
+        Raises:
+            CheckpointError: the other run has none, or is of another model.
+        """
+        others = read(self.run, what=what)
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in others.items()}:
+            raise CheckpointError(f"{self.run} has other tensors than the run; --toward takes a run of the same model.")
+        return {name: torch.lerp(t.float(), others[name].float(), self.share) for name, t in tensors.items()}
+
+
 def export(
     run: Path,
     out: Path,
@@ -75,6 +99,7 @@ def export(
     dtype: torch.dtype = torch.bfloat16,
     latents: Path | None = None,
     title: str | None = None,
+    toward: Toward | None = None,
 ) -> None:
     """Write the checkpoint of a run, of whatever stage.
 
@@ -86,13 +111,20 @@ def export(
         dtype: of the weights in the file.
         latents: of an autoencoder's: the data set whose deviation becomes its scale.
         title: what the model is called; its size or the name of the run if not given.
+        toward: another run of the model, that the weights are moved to.
 
     Raises:
         CheckpointError: there is nothing to export, or the file cannot be written.
+        SettingError: adapters were to be moved.
     """
     adapted = weights.about_adapters(run)
+    if adapted and toward:
+        raise SettingError("--toward takes runs of whole models, and this one is of adapters.")
     tensors = read(run, step, what)
     of = f"{run.name}, {what}" + ("" if step is None else f", step {step}")
+    if toward:
+        tensors = toward.move(tensors, what)
+        of += f", {toward.share:g} of the way to {toward.run.name}"
     metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": of}
     if "prompt" not in tensors and not adapted:
         vae = weights.build_vae(run, tensors)
@@ -132,9 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--latents", type=Path, help="for an autoencoder: the latents that its scale is made for")
     parser.add_argument("--title", help="what the model is called")
+    parser.add_argument("--toward", type=Path, help="another run of the same model, that the weights are moved to")
+    parser.add_argument("--share", type=float, default=0.5, help="of the way to it, 0..1 (default: 0.5)")
     args = parser.parse_args(argv)
     try:
-        export(args.run, args.out, args.step, args.what, DTYPES[args.dtype], args.latents, args.title)
+        toward = Toward(args.toward, args.share) if args.toward else None
+        export(args.run, args.out, args.step, args.what, DTYPES[args.dtype], args.latents, args.title, toward)
     except SeedVR2Error as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -96,7 +96,7 @@ def draw_curves(runs: Path, out: Path) -> None:
     axis.legend(fontsize=8)
     axis = panel("adversarial stage: fidelity and spread")
     trained(axis, runs / "apt", "l1", 25, label="L1")
-    trained(axis, runs / "apt", "fm", 25, label="feature matching")
+    trained(axis, runs / "apt", "feature_matching", 25, label="feature matching")
     validated(axis, runs / "apt", **{"spread of held-out latents, original 1": "std_1"})
     figure.savefig(out, dpi=100)
 

@@ -13,7 +13,7 @@ from torch import nn
 from seedvr2_core.errors import SettingError
 from seedvr2_core.video.geometry import Grid
 from tests.training.toys import untimed
-from training import apt, doctor, journal, loop, state
+from training import apt, doctor, journal, loop, losses, state
 from training.apt import AdversarialStage, DiscConfig, LossConfig, PostTraining
 from training.config import OptimConfig, RunConfig, check, override
 from training.curriculum import Phase
@@ -128,6 +128,14 @@ def test_6_feature_matching_alone_reaches_the_generator_and_not_the_discriminato
     assert all(parameter.grad is None for parameter in stage.discriminator.parameters())
     assert any(gradient.any() for gradient in found.values())
     assert scalars["g_loss"] == pytest.approx(scalars["feature_matching"])
+
+
+def test_6_l1_can_be_a_share_of_what_the_condition_is_off_by(config):
+    stage = make(replace(config, loss=LossConfig(w_adv=0.0, w_1=2.0, w_F=0.0, relative_1=True)))
+    _, scalars = gradients(stage, "g")
+    sample = stage.draw("g", 6, 0)
+    expected = losses.relative_l1(stage.restore(sample), sample.real, sample.condition).item()
+    assert scalars["g_loss"] == pytest.approx(2 * expected) and expected != pytest.approx(scalars["l1"])
 
 
 def test_6_the_discriminators_turn_leaves_the_generator_without_gradients(config):

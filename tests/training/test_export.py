@@ -50,6 +50,27 @@ def pretrain_run(tiny_dit, latents_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def other_run(pretrain_run) -> Path:
+    """Another run of the same model."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(t.shape, generator=generator) for name, t in read(pretrain_run).items()}
+    return kept_run(pretrain_run.parent / "other", pretrain_run / CONFIG_FILE, weights)
+
+
+@pytest.fixture
+def smaller_run(pretrain_run, tmp_path) -> Path:
+    """A run of a model with fewer numbers in the same layers."""
+    return kept_run(tmp_path / "smaller", pretrain_run / CONFIG_FILE, {n: t[:1] for n, t in read(pretrain_run).items()})
+
+
+def kept_run(folder: Path, config: Path, weights: dict[str, torch.Tensor]) -> Path:
+    (folder / "ema").mkdir(parents=True)
+    shutil.copy(config, folder)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "ema/step_000002.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def lora_run(pretrain_run, tiny_dit, latents_folder) -> Path:
     folder = pretrain_run.parent / "lora"
     config = LoraTraining(
@@ -92,6 +113,36 @@ def test_raw_weights_and_those_of_an_earlier_step_can_be_had(pretrain_run):
     assert raw.keys() >= averaged.keys() == earlier.keys()
     name = "dit.blocks.0.attn.proj_qkv.vid.weight"
     assert not torch.equal(raw[name], averaged[name]) and not torch.equal(averaged[name], earlier[name])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_weights_go_a_share_of_the_way_to_those_of_another_run(pretrain_run, other_run, tmp_path, share):
+    runs = ["--run", str(pretrain_run), "--toward", str(other_run), "--share", str(share)]
+    assert main([*runs, "--out", str(tmp_path / "between.safetensors"), "--dtype", "fp32"]) == 0
+    found = open_restorer(tmp_path / "between.safetensors").state_dict()
+    here, there = (open_restorer(run).state_dict() for run in (pretrain_run, other_run))
+    for name in read(pretrain_run):
+        torch.testing.assert_close(found[name], (1 - share) * here[name] + share * there[name])
+    with safe_open(tmp_path / "between.safetensors", "pt") as file:
+        assert f"{share:g} of the way to other" in file.metadata()["seedvr2_run"]
+
+
+@pytest.mark.parametrize("share, toward, said", [
+    ("1.5", "other_run", "number in 0..1, got 1.5"),
+    ("0.5", "smaller_run", "takes a run of the same model"),
+    ("0.5", "nowhere", "holds no ema weights"),
+])  # fmt: skip
+def test_a_way_that_leads_nowhere_is_refused(pretrain_run, request, tmp_path, capsys, share, toward, said):
+    toward = tmp_path / toward if toward == "nowhere" else request.getfixturevalue(toward)
+    runs = ["--run", str(pretrain_run), "--toward", str(toward), "--share", share]
+    assert main([*runs, "--out", str(tmp_path / "m.safetensors")]) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
+
+
+def test_adapters_are_not_moved(lora_run, pretrain_run, tmp_path, capsys):
+    runs = ["--run", str(lora_run), "--toward", str(pretrain_run), "--out", str(tmp_path / "m.safetensors")]
+    assert main(runs) == 1
+    assert "takes runs of whole models" in capsys.readouterr().err
 
 
 def test_weights_that_were_not_kept_are_refused_with_those_that_were(pretrain_run, tmp_path, capsys):

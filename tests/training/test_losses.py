@@ -109,6 +109,13 @@ def test_l1_is_a_mean_over_everything():
     assert losses.l1(torch.zeros(2, 3), torch.tensor([[1.0, -1, 1], [0, 0, 0]])).item() == 0.5
 
 
+def test_relative_l1_weighs_a_sample_by_what_its_input_is_off_by():
+    real = torch.zeros(2, 3, 4)
+    degraded = torch.tensor([0.07, 0.97]).view(2, 1, 1).expand_as(real)
+    restored = torch.tensor([0.05, -0.25]).view(2, 1, 1).expand_as(real)
+    assert losses.relative_l1(restored, real, degraded).item() == pytest.approx((0.05 / 0.1 + 0.25 / 1) / 2)
+
+
 def test_the_gradient_ratio_makes_two_losses_pull_alike():
     output = torch.randn(6, requires_grad=True)
     a, b = (3 * output).sum(), (output * torch.tensor([2.0, 0, 0, 0, 0, 0])).sum()
