@@ -4,7 +4,7 @@
     python -m tests.bench.nano pictures --data DATA
 
 `record` writes `nano.json` beside the model, and the curves; `pictures` draws the others with the nano that ships.
-RUNS holds the folders of the guide's "From nothing to nano", DATA the folder `lq`.
+RUNS holds the folders of the guide's "From nothing to nano", DATA the folder `lq`. Curves need matplotlib.
 """
 # T H W frames, height, width
 
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from seedvr2_core import Settings, Target, load_models, pick, restore
@@ -47,12 +48,17 @@ def rows(run: Path, name: str) -> list[Row]:
 
 
 def record(runs: Path, card: Path) -> Row:
-    """The recipe of every stage, where its curves end, and the scorecard."""
+    """The recipe of every stage, where its curves end, which of the runs nano's files are, and the scorecard."""
     stages = ("vae", "pretrain", "distill/04", "distill/02", "distill/01", "vae_decoder", "apt")
     recipes = {name.partition("/")[0]: load_saved(runs / name) for name in stages}
     recipes["precompute"] = ShardReader(runs / "latents").settings
     ends = {name.replace("/", "_"): rows(runs / name, VALIDATION)[-1] for name in stages}
-    return {"recipes": recipes, "validation": ends, "scorecard": json.loads(card.read_text("utf-8"))}
+    made_of = {}
+    for path in pick("nano"):
+        with safe_open(path, "pt") as file:
+            made_of[path.name] = file.metadata()["seedvr2_run"]
+    scores = json.loads(card.read_text("utf-8"))
+    return {"recipes": recipes, "validation": ends, "made_of": made_of, "scorecard": scores}
 
 
 def draw_curves(runs: Path, out: Path) -> None:
