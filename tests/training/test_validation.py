@@ -96,7 +96,8 @@ def test_a_run_shows_pixels_says_that_it_ignores_its_condition_and_how_long_it_w
         assert picture.size == (4 * 64, 64)
     with Image.open(tmp_path / "previews/step_000001/2x4x4_time.png") as profile:
         assert profile.size == (4 * 32, 5)
-    (alert,) = journal.read(tmp_path / "alerts.jsonl")
-    assert "ignores its condition" in alert["message"]
+    # What is decoded is noise, and may be called over-sharpened as well.
+    messages = [alert["message"] for alert in journal.read(tmp_path / "alerts.jsonl")]
+    assert sum("ignores its condition" in message for message in messages) == 1
     (row,) = journal.read(tmp_path / "metrics.jsonl")
     assert 0 < row["data_seconds"] < row["seconds"]
