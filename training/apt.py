@@ -129,7 +129,7 @@ RECIPES = {
         pretrained="runs/pretrain",
         distilled="runs/distill/01",
         run=RunConfig(steps=2900, seed=5, ema=0.995, save_every=100, validate_every=200),
-        # A small model far from its goal: a hundred times the rate of the large ones, and easy samples kept easy.
+        # A small model far from its goal: a hundred times the rate of the large ones, and L1 by sample.
         g=replace(SMALL_BATCH, lr=1e-4, final_lr=1e-4),
         d=replace(SMALL_BATCH, lr=1e-4, final_lr=1e-4),
         loss=LossConfig(w_1=0.124, relative_1=True),

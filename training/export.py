@@ -165,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=Path, help="for an autoencoder: the latents that its scale is made for")
     parser.add_argument("--title", help="what the model is called")
     parser.add_argument("--toward", type=Path, help="another run of the same model, that the weights are moved to")
-    parser.add_argument("--share", type=float, default=0.5, help="of the way to it, 0..1 (default: 0.5)")
+    parser.add_argument("--share", type=float, help="of the way to it, 0..1")
     args = parser.parse_args(argv)
+    if (args.toward is None) != (args.share is None):
+        parser.error("--toward and --share go together: another run, and how much of the way to it.")
     try:
         toward = Toward(args.toward, args.share) if args.toward else None
         export(args.run, args.out, args.step, args.what, DTYPES[args.dtype], args.latents, args.title, toward)

@@ -139,9 +139,16 @@ def test_a_way_that_leads_nowhere_is_refused(pretrain_run, request, tmp_path, ca
     assert said in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
 
 
+@pytest.mark.parametrize("half", [["--share", "0.5"], ["--toward", "runs/pretrain"]])
+def test_a_run_without_a_share_and_a_share_without_a_run_are_refused(pretrain_run, tmp_path, capsys, half):
+    with pytest.raises(SystemExit):
+        main(["--run", str(pretrain_run), "--out", str(tmp_path / "m.safetensors"), *half])
+    assert "--toward and --share go together" in capsys.readouterr().err
+
+
 def test_adapters_are_not_moved(lora_run, pretrain_run, tmp_path, capsys):
-    runs = ["--run", str(lora_run), "--toward", str(pretrain_run), "--out", str(tmp_path / "m.safetensors")]
-    assert main(runs) == 1
+    runs = ["--run", str(lora_run), "--toward", str(pretrain_run), "--share", "0.5"]
+    assert main([*runs, "--out", str(tmp_path / "m.safetensors")]) == 1
     assert "takes runs of whole models" in capsys.readouterr().err
 
 
