@@ -84,9 +84,9 @@ def color(name: str = "color") -> io.Combo.Input:
         name,
         options=[Settings.color, *(name for name in COLOR_METHODS if name != Settings.color)],
         default=Settings.color,
-        tooltip="How the colours follow the source. lab: the safest. wavelet: coarse colours of the source, as "
-        "published. adain: its mean and spread. hsv: its saturation, hue by hue. wavelet_adaptive: wavelet, and hsv "
-        "where that is too colourful. none: as the model paints.",
+        tooltip="How the colours follow the source. lab: nearest to them, with the contrast that was restored. "
+        "wavelet: coarse colours of the source, as published. adain: its mean and spread. hsv: its saturation, hue by "
+        "hue. wavelet_adaptive: wavelet, and hsv where that is too colourful. none: as the model paints.",
     )
 
 

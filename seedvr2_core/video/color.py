@@ -26,8 +26,6 @@ COLOR_METHODS = ("wavelet", "lab", "adain", "hsv", "wavelet_adaptive", "none")
 
 # Blur radii, in pixels. Together they reach 31 pixels.
 RADII = (1, 2, 4, 8, 16)
-# Share of its own lightness that a frame keeps in `lab`; the node's default.
-LIGHTNESS_KEPT = 0.8
 HUE_BINS = 12
 # A hue with fewer pixels than this has no distribution to speak of.
 FEW_PIXELS = 100
@@ -269,18 +267,20 @@ def match_ranks(values: Tensor, reference: Tensor, name: Hashable = None, enough
     return matched
 
 
-def lab(content: Tensor, style: Tensor, match: Match = match_ranks, lightness_kept: float = LIGHTNESS_KEPT) -> Tensor:
-    """`capped_wavelet`, then the histograms of a and b, and some of L, of the style; clamped to -1..1.
+def lab(content: Tensor, style: Tensor, match: Match = match_ranks, lightness_kept: float = 1) -> Tensor:
+    """`capped_wavelet`, then the histograms of a and b of the style; clamped to -1..1.
 
     Args:
         match: what matches a channel. The default takes all pixels of all frames for one population.
-        lightness_kept: share of the wavelet's lightness that stays, 0..1.
+        lightness_kept: share of the wavelet's lightness that stays, 0..1; the rest follows the histogram of the style.
+            The community node has 0.8: of a blurred style that takes back contrast that was just restored.
     """
     base = _in_bands(_to_lab, capped_wavelet(content, style))
     target = _in_bands(_to_lab, style)
-    for c in range(3):
-        matched = match(base[:, c].flatten(), target[:, c].flatten(), c, True).view(base[:, c].shape)
-        base[:, c] = torch.lerp(matched, base[:, c], lightness_kept) if c == 0 else matched
+    for c, kept in enumerate((lightness_kept, 0, 0)):
+        if kept < 1:
+            matched = match(base[:, c].flatten(), target[:, c].flatten(), c, True).view(base[:, c].shape)
+            base[:, c] = torch.lerp(matched, base[:, c], kept)
     del target
     return _in_bands(_from_lab, base)
 

@@ -122,6 +122,19 @@ def test_an_unknown_method_is_refused():
         ColorTransfer("sepia")
 
 
+def test_lab_leaves_the_contrast_of_fine_detail_as_it_was_restored():
+    # Half the pixels of a fine pattern are bright, half dark; in the blurred input all are grey.
+    style = landscape(1, (64, 64)) * 0.2
+    pattern = 0.3 * pulse(64).view(64, 1) * pulse(64).view(1, 64)
+    content = style + pattern
+
+    def contrast(clip: torch.Tensor) -> torch.Tensor:
+        return (color.rgb_to_lab((clip + 1) / 2)[:, 0] * pattern.sign()).mean()
+
+    torch.testing.assert_close(contrast(ColorTransfer("lab")(content, style)), contrast(content), rtol=0.01, atol=0)
+    assert contrast(color.lab(content, style, lightness_kept=0.8)) < 0.9 * contrast(content)
+
+
 # A clip
 
 
