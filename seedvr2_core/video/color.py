@@ -280,7 +280,7 @@ def lab(content: Tensor, style: Tensor, match: Match = match_ranks, lightness_ke
     for c, kept in enumerate((lightness_kept, 0, 0)):
         if kept < 1:
             matched = match(base[:, c].flatten(), target[:, c].flatten(), c, True).view(base[:, c].shape)
-            base[:, c] = torch.lerp(matched, base[:, c], kept)
+            base[:, c].lerp_(matched, 1 - kept)
     del target
     return _in_bands(_from_lab, base)
 
