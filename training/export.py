@@ -22,7 +22,6 @@ from torch import Tensor
 
 from seedvr2_core.checkpoints import save
 from seedvr2_core.errors import CheckpointError, SeedVR2Error, SettingError
-from seedvr2_core.models.vae import VideoVAE
 
 from . import state, weights
 from .adapters import AboutAdapters, load_adapters
@@ -109,7 +108,8 @@ def export(
         step: see `read`.
         what: see `read`.
         dtype: of the weights in the file.
-        latents: of an autoencoder's: the data set whose deviation becomes its scale.
+        latents: of an autoencoder's: the data set whose deviation becomes its scale; if not given, it keeps
+            that of what it began with.
         title: what the model is called; its size or the name of the run if not given.
         toward: another run of the model, that the weights are moved to.
 
@@ -128,18 +128,13 @@ def export(
     metadata = {"modelspec.title": title or f"SeedVR2 {run.name}", "seedvr2_run": of}
     if "prompt" not in tensors and not adapted:
         vae = weights.build_vae(run, tensors)
-        _save_vae(vae.to(dtype), out, latents, metadata)
+        scale = weights.latent_scale(run, vae) if latents is None else round(Latents(latents, seed=0).scale, 4)
+        if scale is None:
+            scale = vae.config.scale
+            log.warning("The scale of the latents stays %g; give --latents to set it to theirs.", scale)
+        save(out, vae.to(dtype), replace(vae.config, scale=scale), metadata=metadata)
         return
     _save_restorer(weights.build_restorer(run, tensors), out, dtype, weights.open_negative(run), metadata)
-
-
-def _save_vae(vae: VideoVAE, out: Path, latents: Path | None, metadata: dict[str, str]) -> None:
-    config = vae.config
-    if latents is not None:
-        config = replace(config, scale=round(Latents(latents, seed=0).scale, 4))
-    else:
-        log.warning("The scale of the latents stays %g; give --latents to set it to theirs.", config.scale)
-    save(out, vae, config, metadata=metadata)
 
 
 def _save_restorer(

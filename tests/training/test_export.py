@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,16 +248,30 @@ def test_an_exported_model_restores_a_clip_at_the_command_line(tmp_path):
     assert len(outputs[0]) == 2 and outputs[0] == outputs[1]
 
 
+def vae_run(path: Path, **changes: Any) -> Path:
+    """A run of `training.vae` that ends with nano's autoencoder."""
+    (path / "ema").mkdir(parents=True)
+    save_file(open_vae("nano").state_dict(), path / "ema/step_000001.safetensors")
+    (path / "config.yaml").write_text(to_yaml(replace(VAE_RECIPES["nano"], model=NANO_VAE_CONFIG, **changes)))
+    return path
+
+
 def test_an_autoencoder_is_exported_with_the_scale_of_its_latents(tmp_path, latents_folder):
-    run = tmp_path / "vae"
-    (run / "ema").mkdir(parents=True)
-    vae = open_vae("nano")
-    save_file(vae.state_dict(), run / "ema/step_000001.safetensors")
-    (run / "config.yaml").write_text(to_yaml(replace(VAE_RECIPES["nano"], model=NANO_VAE_CONFIG)))
-    export(run, tmp_path / "vae.safetensors", latents=latents_folder)
+    export(vae_run(tmp_path / "vae"), tmp_path / "vae.safetensors", latents=latents_folder)
     loaded = load_vae(tmp_path / "vae.safetensors")
     assert loaded.config.scale == pytest.approx(Latents(latents_folder, 0).scale, abs=1e-4)
-    assert torch.equal(loaded.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16())
+    assert torch.equal(loaded.decoder.conv_in.weight, open_vae("nano").decoder.conv_in.weight.bfloat16())
+
+
+def test_an_autoencoder_that_was_trained_on_keeps_the_scale_of_its_latents(tmp_path, caplog):
+    export(vae_run(tmp_path / "decoder", init=Path("nano")), tmp_path / "vae.safetensors")
+    assert load_vae(tmp_path / "vae.safetensors").config.scale == open_vae("nano").config.scale != 1
+    assert not caplog.text
+
+
+def test_the_scale_of_a_new_autoencoder_is_asked_for(tmp_path, caplog):
+    export(vae_run(tmp_path / "vae"), tmp_path / "vae.safetensors")
+    assert "--latents" in caplog.text
 
 
 def test_a_stage_may_start_from_a_published_model_by_its_name():
