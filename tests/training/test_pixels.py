@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from seedvr2_core.device import pick_dtype
 from seedvr2_core.errors import SettingError
 from tests.training.test_data import write_clip
 from training import apt, loop, pixels, precompute, pretrain
@@ -51,7 +52,7 @@ def media(tmp_path_factory) -> Path:
 def both(tmp_path_factory, media) -> tuple[Latents, Latents]:
     """From shards, and from pixels."""
     written, noted = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("pixels")
-    run(CONFIG, written, media, open_vae("nano"))
+    run(CONFIG, written, media, open_vae("nano", pick_dtype("auto", torch.device("cpu"))))
     note(noted, CONFIG, media)
     return Latents(written, seed=0), Latents(noted, seed=0)
 
