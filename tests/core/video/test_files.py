@@ -763,7 +763,8 @@ def test_a_truncated_video_tells_how_much_of_it_is_good(tmp_path, suffix):
     src = save(tmp_path / f"a{suffix}", torch.rand(60, 48, 64, 3), codec="h264")
     data = src.read_bytes()
     if suffix == ".mp4":  # the index lies at the end; damage the pictures instead
-        damaged = data[: len(data) // 2] + bytes(len(data) // 4) + data[len(data) * 3 // 4 :]
+        start, end = len(data) // 2, len(data) * 3 // 4
+        damaged = data[:start] + bytes(end - start) + data[end:]  # as long as it was, or the index is not found
     else:
         damaged = data[: len(data) // 3]
     src.write_bytes(damaged)
