@@ -81,7 +81,10 @@ class Run:
     """The script at work in a process of its own."""
 
     def __init__(self, command: list[str]):
+        # What a shell runs in the background ignores Ctrl-C, and so would whatever it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, before)
         self.stdout = self.stderr = ""
 
     def end(self, timeout: float = ENDED) -> int:
