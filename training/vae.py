@@ -25,7 +25,7 @@ from seedvr2_core.models.vae import SEEDVR2_VAE, VAEConfig, VideoVAE, posterior
 
 from . import doctor, loop, losses
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
-from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, Dataset, decode, list_media
+from .data import CLIP_SUFFIXES, IMAGE_SUFFIXES, DataConfig, Dataset, decode, list_media
 from .guards import GuardConfig
 from .journal import timed
 from .linear_start import start_linear
@@ -102,6 +102,7 @@ class VAETraining:
     start: Literal["linear", "random"] = setting("linear", "without init: the best linear codec, or random weights")
     # The encoder defines what every transformer was trained on.
     freeze_encoder: bool = setting(False, "train the decoder alone")
+    data: DataConfig = DataConfig()
     perceptual: PerceptualConfig = PerceptualConfig()
     w_kl: float = setting(1e-6, "weight of the KL divergence", least=0)
     w_g: float = setting(0.0, "weight of the adversarial term; 0: there is no discriminator", least=0)
@@ -392,7 +393,8 @@ def main() -> None:
         print(doctor.estimate(config, workload(config)))
         return
     session = loop.open_session(command, config)
-    stage = VAEStage(loop.resolved(config, session), Dataset.load(command.data), held_out_crops(command.data))
+    data = Dataset.load(command.data, config.data)
+    stage = VAEStage(loop.resolved(config, session), data, held_out_crops(command.data))
     loop.run(stage, config, optims(config), command.out, session)
 
 

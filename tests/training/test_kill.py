@@ -19,7 +19,7 @@ from torch import nn
 from seedvr2_core.models.vae import VAEConfig, VideoVAE
 from tests.training.toys import PRELOAD
 from training import config as configs
-from training import data, journal, pretrain, shards, state, vae
+from training import journal, pretrain, shards, state, vae
 from training.parallel import Processes
 from training.procedural import still
 from training.restorer import Restorer
@@ -73,11 +73,7 @@ def execute(stage: str, argv: list[str], moment: Moment) -> None:
         if event == "open" and fnmatch(str(arguments[0]), moment.opens):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def load_few(root, config=None, cache_dir=None, load=data.Dataset.load):
-        return load(root, config or data.DataConfig(stills=1, still_size=96, max_reduction=1.0), cache_dir)
-
     journal.Journal.metrics = count
-    data.Dataset.load = load_few
     sys.addaudithook(watch)
     sys.argv = [stage, *argv, "--threads", "1", "--device", "cpu"]
     sys.exit(importlib.import_module(f"training.{stage}").main())
@@ -122,7 +118,7 @@ def commands(start, latents_folder, tiny_dit) -> dict[str, list[str]]:
     on_latents = [*nano, "batch=2", *dit, "--data", str(latents_folder)]
     return {
         "vae": [*nano, "run.parallel.precision=fp32", "--data", str(start), f"init={start / 'vae'}",
-                "model.widths=8,8,8,8", "model.groups=2",
+                "model.widths=8,8,8,8", "model.groups=2", "data.stills=1", "data.still_size=96", "data.max_reduction=1",
                 *(f"crops.{i}.{name}={value}" for i in range(3)
                   for name, value in {"batch": 1, "size": 32, "frames": (5, 1, 5)[i]}.items())],
         "precompute": ["--config", str(start / "few.yaml"), "--data", str(start)],

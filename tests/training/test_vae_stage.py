@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seedvr2_core.errors import SettingError
+from seedvr2_core.errors import MediaError, SettingError
 from tests.training.toys import untimed
 from training import doctor, loop, losses, state
 from training import vae as vae_stage
@@ -372,3 +373,18 @@ def test_in_bf16_masters_stay_fp32_and_the_loss_is_that_of_fp32_but_for_rounding
         assert all(p.dtype == torch.float32 for p in module.parameters())
         rows.append(read(tmp_path / precision / METRICS)[0])
     assert rows[1]["l1"] == pytest.approx(rows[0]["l1"], rel=0.05)
+
+
+def test_how_crops_are_drawn_is_a_setting(tmp_path, monkeypatch):
+    drawn = []
+
+    def load(root, config):
+        drawn.append((root, config))
+        raise MediaError("seen")
+
+    monkeypatch.setattr(Dataset, "load", load)
+    where = ["--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["vae", "--config", "nano", *where, "data.stills=2", "data.moving_photo=0.5"])
+    with pytest.raises(MediaError, match="seen"):
+        vae_stage.main()
+    assert drawn == [(tmp_path, DataConfig(stills=2, moving_photo=0.5))]
