@@ -118,6 +118,17 @@ def test_the_table_has_a_row_for_everything():
     assert "15.34" in lines[2] and "1.00" in lines[-1]
 
 
+def test_the_table_says_from_which_step_an_arm_is_sharp():
+    found = results()  # 16 steps have an LSD of about 2.5, which may be 1.5 times as high
+    for seed in found.curves:
+        for point, lsd in zip(seed["l1"], (5.0, 3.0, 2.8), strict=True):
+            point["lsd"] = lsd
+    assert found.sharp_from("l1") == 25 and found.sharp_from("ns_r1") is None
+    lines = {line.split(" | ")[0]: line for line in table(found).splitlines()}
+    assert lines["| ... + L1"].endswith("| 25 |") and lines["| NS + R1"].endswith("| never |")
+    assert lines["| bicubic"].endswith("|  |")
+
+
 def test_everything_runs_is_kept_and_is_reported(tmp_path, monkeypatch):
     dit = replace(pico.PICO_DIT, dim=8, depth=2, heads=1, head_dim=8, text_dim=8, mlp_hidden=8)
     whole = ablation.RECIPES["pico"]
