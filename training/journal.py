@@ -11,15 +11,48 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TextIO, TypeVar
+
+from filelock import FileLock, Timeout
+
+from seedvr2_core.errors import SettingError
+
+from .parallel import Processes
 
 log = logging.getLogger(__name__)
 
 METRICS, VALIDATION, ALERTS, HEARTBEATS = "metrics.jsonl", "validation.jsonl", "alerts.jsonl", "heartbeats"
+LOCK = "lock"
 
 P, T = ParamSpec("P"), TypeVar("T")
+
+
+@contextmanager
+def claimed(directory: Path, processes: Processes) -> Iterator[None]:
+    """Keep a run directory, which is made where there is none, from being written by another call.
+
+    Raises:
+        SettingError: in all processes; another call is at it. One that was killed is not.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock, taken = FileLock(directory / LOCK), False
+    if processes.first:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = True
+        except (OSError, NotImplementedError) as error:  # on some network folders
+            log.debug("%s cannot be locked: %s", directory, error)
+    try:
+        if processes.agree(taken):
+            raise SettingError(f"{directory} is being written by another run; wait for it, stop it, or choose another "
+                               "--out.")  # fmt: skip
+        yield
+    finally:
+        lock.release()
 
 
 class Journal:

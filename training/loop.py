@@ -33,7 +33,7 @@ from .config import Command, Config, OptimConfig, RunConfig
 from .ema import EMA, local
 from .env import describe_environment
 from .guards import Guards, Verdict
-from .journal import METRICS, Journal, beat, read
+from .journal import METRICS, Journal, beat, claimed, read
 from .pace import Pace
 from .parallel import Processes, connect, local_device, reshard, set_last_micro
 from .previews import Preview, write_previews
@@ -237,12 +237,14 @@ def run(
 
     Raises:
         SettingError: a run found in `directory` was begun with another model, seed or data; or it has come further than
-            where the session is to begin.
+            where the session is to begin; or another call is writing it.
         CheckpointError: the last checkpoint could not be saved, or the one to resume from does not fit.
         Preempted: stopped by SIGTERM, SIGUSR1, run.max_hours or `most_steps`, and saved.
         Stopped: by a guard.
     """
-    return Trainer(stage, config, optims, directory, session or Session()).run()
+    session = session or Session()
+    with claimed(directory, session.processes):
+        return Trainer(stage, config, optims, directory, session).run()
 
 
 class Trainer:

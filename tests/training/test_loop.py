@@ -122,6 +122,34 @@ def test_resume_none_begins_anew_and_a_path_goes_on_from_there(tmp_path):
         train(Regression(), tmp_path / "third", Session(resume=str(tmp_path / "nothing")))
 
 
+def test_a_directory_belongs_to_one_run_at_a_time(tmp_path):
+    """The second is refused and the first does not notice; what a killed one leaves behind is in nobody's way."""
+    class Watched(Regression):
+        def backward(self, name, step, micro, scale):
+            if step == 4:
+                with pytest.raises(SettingError, match="is being written by another run; wait for it"):
+                    train(Regression(), tmp_path / "a")
+            return super().backward(name, step, micro, scale)
+
+    watched = Watched()
+    averaged = train(watched, tmp_path / "a")
+    assert_identical(averaged.state_dict(), train(Regression(), tmp_path / "b").state_dict())
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    with pytest.raises(Interrupted):
+        train(Regression(stop_at=4), tmp_path / "c")
+    assert_identical(averaged.state_dict(), train(Regression(), tmp_path / "c").state_dict())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock here")])
+def test_a_directory_that_cannot_be_locked_is_trained_in(tmp_path, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(journal.FileLock, "acquire", fail)
+    train(Regression(), tmp_path)
+    assert state.complete(tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("resume", ["none", "checkpoints/step_000003", "elsewhere/checkpoints/step_000003"])
 def test_no_run_is_begun_beside_a_later_checkpoint_of_another(tmp_path, resume):
     train(Regression(), tmp_path, keep=2)
