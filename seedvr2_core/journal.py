@@ -55,7 +55,8 @@ def claimed(destination: Path) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise MediaError(f"{destination.name} is being written by another process; wait for it, or stop it.") from error
+        raise MediaError(f"{destination.name} is being written by another process; wait for it, or stop it. If there "
+                         f"is none, delete {lock.lock_file}.") from error  # fmt: skip
     except (OSError, NotImplementedError) as error:  # on some network folders
         log.debug("%s cannot be locked: %s", folder, error)
     try:

@@ -339,18 +339,20 @@ def merged(restorer: Restorer, config: LoraConfig, tensors: Mapping[str, Tensor]
     return base.merge(adapters)
 
 
-def save_adapters(folder: Path, adapters: Adapters, config: LoraConfig, base: str, prompted: bool = True) -> None:
+def save_adapters(
+    folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str, prompted: bool = True
+) -> None:
     """Write adapters as peft does: adapter_model.safetensors and adapter_config.json.
 
     Args:
+        tensors: the state of `Adapters`, whole.
         base: what they were trained on, as `weights.open_restorer` takes it.
         prompted: whether that had its prompt, or zeros in its place.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    tensors = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous().clone()
-               for name, tensor in adapters.state_dict().items()}  # fmt: skip
+    named = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     about = {
         "peft_type": "LORA",
         "task_type": None,
@@ -359,14 +361,14 @@ def save_adapters(folder: Path, adapters: Adapters, config: LoraConfig, base: st
         "lora_alpha": config.strength * config.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(adapters.of_layer),
+        "target_modules": sorted({name.rpartition(".lora_")[0] for name in tensors}),
         "inference_mode": True,
         PROMPTED: prompted,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{ADAPTER_FILE}.part"
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_file(named, part, metadata={"format": "pt"})
         part.replace(folder / ADAPTER_FILE)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(about, indent=1) + "\n")
     except (OSError, SafetensorError) as error:

@@ -20,12 +20,14 @@ from filelock import FileLock, Timeout
 
 from seedvr2_core.errors import SettingError
 
-from .parallel import Processes
+from .parallel import Processes, attempt
 
 log = logging.getLogger(__name__)
 
 METRICS, VALIDATION, ALERTS, HEARTBEATS = "metrics.jsonl", "validation.jsonl", "alerts.jsonl", "heartbeats"
 LOCK = "lock"
+# Seconds for which a server of files may keep the lock of a machine that is no more.
+LEASE = 120.0
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -41,7 +43,7 @@ def claimed(directory: Path, processes: Processes) -> Iterator[None]:
     lock, taken = FileLock(directory / LOCK), False
     if processes.first:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LEASE if attempt() else 0)
         except Timeout:
             taken = True
         except (OSError, NotImplementedError) as error:  # on some network folders
@@ -49,7 +51,7 @@ def claimed(directory: Path, processes: Processes) -> Iterator[None]:
     try:
         if processes.agree(taken):
             raise SettingError(f"{directory} is being written by another run; wait for it, stop it, or choose another "
-                               "--out.")  # fmt: skip
+                               f"--out. If there is none, delete {lock.lock_file}.")  # fmt: skip
         yield
     finally:
         lock.release()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from seedvr2_core.device import pick_device, warn_of_emulation
+from seedvr2_core.device import warn_of_emulation
 from seedvr2_core.errors import CheckpointError, SettingError
 
 from . import config as configs
@@ -35,12 +35,14 @@ from .env import describe_environment
 from .guards import Guards, Verdict
 from .journal import METRICS, Journal, beat, claimed, read
 from .pace import Pace
-from .parallel import Processes, connect, local_device, reshard, set_last_micro
+from .parallel import Processes, attempt, connect, local_device, reshard, set_last_micro
 from .previews import Preview, write_previews
 from .randomness import key
 
 log = logging.getLogger(__name__)
 
+# In what a checkpoint says besides its tensors: exit code and sentence of the guard that stopped the run after it.
+STOPPED = "stopped"
 # Scalars of a micro-batch that add up over a step; the mean is taken of all others.
 ADD_UP = ("samples", "tokens", "data_seconds")
 
@@ -141,8 +143,10 @@ def open_session(command: Command, config: Any) -> Session:
         # Without it cuBLAS is refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    device = local_device(str(pick_device(command.device)))
+        torch.backends.cudnn.allow_tf32 = False
+    device = local_device(command.device)
+    # Some containers switch it on, and the penalties of training.apt are differences of nearly equal numbers.
+    torch.backends.cuda.matmul.allow_tf32 = False
     if config.run.parallel.precision != "fp32":
         warn_of_emulation(torch.bfloat16, device, "add run.parallel.precision=fp32")
     return Session(
@@ -408,6 +412,9 @@ class Trainer:
         path = self.checkpoints.last
         if path is None or len(self.rollbacks) >= guards.config.rollback.max:
             log.error("Stopped at step %d. %s", step, stopped.sentence)
+            if path is not None:
+                # torchrun knows no failure that it would not repeat.
+                self.checkpoints.amend(path, {STOPPED: [stopped.code, stopped.sentence]})
             raise stopped
         before = self.rollbacks
         back = Rollback(step, self._load(path))
@@ -575,6 +582,9 @@ class Trainer:
         state.restore_generators(path, self.processes.rank)
         self.ema.updates = meta["ema_updates"]
         self.session.guards.load_state_dict(meta["guards"])
+        if STOPPED in meta and attempt():
+            log.error("Not begun anew: it was stopped. %s", meta[STOPPED][1])
+            raise Stopped(*meta[STOPPED])
         # Checkpoints of older runs do not know of these.
         self.rollbacks = [Rollback(*back) for back in meta.get("rollbacks", ())]
         self.ended = meta.get("ended", False)

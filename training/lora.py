@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 
-from . import doctor, loop
+from . import doctor, loop, state
 from .adapters import DTYPES, AdaptedDiscriminator, AdaptedRestorer, Base, LoraConfig, save_adapters
 from .apt import (
     CURRICULUM,
@@ -34,6 +35,7 @@ from .apt import (
 from .config import OptimConfig, ParallelConfig, RunConfig, parse_command, run_main, setting
 from .curriculum import Phase, check_phases
 from .guards import GuardConfig
+from .parallel import Processes
 from .pretrain import NANO_DIT, Pretraining, PretrainStage, load_run
 from .randomness import key
 from .restorer import Restorer, for_training
@@ -103,7 +105,9 @@ _GAN = OptimConfig(lr=2e-5, final_lr=2e-5, betas=(0.0, 0.99), weight_decay=0.0)
 _SHORT = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 17)))
 _MIDDLE = (Phase(share=0.3, frames=(1,)), Phase(share=0.7, frames=(1, 5, 9, 21)))
 # Of a generator that trains all its weights: masters in fp32, averages that do not take memory of the device.
-_WHOLE = replace(_RUN, ema_device="cpu", parallel=ParallelConfig(precision="bf16", activation_checkpoint=True))
+_WHOLE = replace(
+    _RUN, ema_device="cpu", ema_every=10, parallel=ParallelConfig(precision="bf16", activation_checkpoint=True)
+)
 # The published 3B and 7B take one step, and stay sharp in it only if what they learn from is adversarial.
 _3B = LoraTraining(init="3b", model=SEEDVR2_3B, run=_RUN, g=_GAN, d=_GAN, curriculum=_MIDDLE)
 _7B = replace(_3B, init="7b", model=SEEDVR2_7B)
@@ -242,6 +246,14 @@ def open_base(where: str, config: LoraConfig, device: torch.device) -> Base:
     return Base(open_restorer(where, DTYPES[config.base]), config.base).to(device, config.offload_blocks)
 
 
+def keep_adapters(trained: AdaptedRestorer, config: LoraTraining, folder: Path, processes: Processes) -> None:
+    """Write the adapters of all processes to one folder; raises as `save_adapters`."""
+    tensors = state.gathered(trained.adapters.state_dict(), processes)
+    if processes.first:
+        save_adapters(folder, tensors, config.lora, config.init, prompted=config.text.mode != "none")
+        log.info("The adapters are in %s.", folder)
+
+
 def main() -> None:
     command = parse_command("lora", RECIPES)
     config: LoraTraining = command.config
@@ -258,11 +270,9 @@ def main() -> None:
     else:
         stage, optims = flow_matching(loop.resolved(config, session), latents, adapted(config.init)), {"g": config.g}
     trained = loop.run(stage, config, optims, command.out, session)
+    if isinstance(trained, AdaptedRestorer):
+        keep_adapters(trained, config, command.out / "adapter", session.processes)
     if session.processes.first:
-        if isinstance(trained, AdaptedRestorer):
-            folder = command.out / "adapter"
-            save_adapters(folder, trained.adapters, config.lora, config.init, prompted=config.text.mode != "none")
-            log.info("The adapters are in %s.", folder)
         log.info("For one file with all weights: python -m training.export --run %s --out model.safetensors",
                  command.out)  # fmt: skip
 

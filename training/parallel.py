@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from seedvr2_core.device import pick_device
 from seedvr2_core.errors import SettingError
 from seedvr2_core.kernels import Choices
 from seedvr2_core.models.dit import Block, Conditioning, WindowAttention, WindowLayout
@@ -208,7 +209,7 @@ def connect(config: ParallelConfig, device: torch.device, init_method: str = "en
         else:
             store, rank, world = next(dist.rendezvous(init_method, rank, world))
             # torchrun keeps its store when it restarts processes; the addresses in it are those of the dead.
-            store = dist.PrefixStore(f"attempt_{os.environ.get(ATTEMPT, 0)}", store)
+            store = dist.PrefixStore(f"attempt_{attempt()}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if config.replicate > 1:
         shape, names = (config.replicate, parts), ("replicate", "shard")
@@ -230,20 +231,33 @@ def connect(config: ParallelConfig, device: torch.device, init_method: str = "en
     )
 
 
+def attempt() -> int:
+    """How often torchrun has begun these processes anew, because one of them died."""
+    return int(os.environ.get(ATTEMPT, 0))
+
+
 def local_device(name: str) -> torch.device:
-    """The device of this process: "cuda" is the one that torchrun numbers it with."""
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get(LOCAL_RANK, 0)))
+    """The device of this process: "cuda", and "auto" where there is one, is the one that torchrun numbers it with.
+
+    Raises:
+        SettingError: as `pick_device`.
+    """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        # Named before it is tried: whoever tries "cuda" takes memory of the first.
+        name = f"cuda:{os.environ.get(LOCAL_RANK, 0)}"
+    device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def set_last_micro(module: nn.Module, last: bool) -> None:
-    """Reduce gradients over the processes only in the last micro-batch of a step."""
+    """Reduce gradients over copies of the weights only in the last micro-batch of a step.
+
+    Over shards they are reduced in each: whole gradients are more than a device has room for.
+    """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+        module.set_requires_all_reduce(last)
 
 
 def reshard(module: nn.Module) -> None:

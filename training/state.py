@@ -71,7 +71,9 @@ class Checkpoints:
             self._by_the_first(lambda: self._prepare(path))
             options = {"checkpoint_id": path, "process_group": self.processes.saving}
             if self.asynchronous:
-                future = quietly(dcp.async_save, dict(tensors), **options)
+                # Nothing is copied ahead of the writing, which finds all in host memory, in a thread of no device.
+                writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
+                future = quietly(dcp.async_save, dict(tensors), storage_writer=writer, **options)
             else:
                 future.set_result(quietly(dcp.save, dict(tensors), **options))
         except FAILURES as error:
@@ -90,7 +92,7 @@ class Checkpoints:
             return
         (path, meta, future), self.pending = self.pending, None
         try:
-            future.result()
+            self._together(future.result)
             self._by_the_first(lambda: self._complete(path, meta))
             self.last = path
         except FAILURES as error:
@@ -102,17 +104,20 @@ class Checkpoints:
             ) from error
 
     def _by_the_first(self, act: Callable[[], None]) -> None:
-        """Do something in the first process; where it fails there, all processes raise, and none waits for another."""
+        """Do something in the first process, as `_together`."""
+        self._together(act if self.processes.first else lambda: None)
+
+    def _together(self, act: Callable[[], object]) -> None:
+        """Do something in all processes; where it fails in one of them, all raise, and none waits for another."""
         failure = None
-        if self.processes.first:
-            try:
-                act()
-            except OSError as error:
-                failure = error
-        reason = self.processes.agree(None if failure is None else _reason(failure))
+        try:
+            act()
+        except FAILURES as error:
+            failure = error
+        reasons = self.processes.gather(None if failure is None else _reason(failure))
         if failure is not None:
             raise failure
-        if reason is not None:
+        if reason := next(filter(None, reasons), None):
             raise OSError(reason)
 
     def _prepare(self, path: Path) -> None:
@@ -251,20 +256,34 @@ def load_kept(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or take another step.") from error
 
 
+def gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Whole tensors in the first process, in host memory; {} in the others, which have to call this too.
+
+    One after another, for all of them together may be more than a device has room for.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.first:
+            whole[name] = full.detach().cpu().contiguous()
+        del full
+    return whole
+
+
 def save_averaged(directory: Path, step: int, averages: Mapping[str, Tensor], processes: Processes) -> None:
     """Keep averaged weights for good, as one .safetensors file.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in averages.items()}
+    whole = gathered(averages, processes)
     if not processes.first:
         return
     path = directory / AVERAGED / f"step_{step:06d}.safetensors"
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in whole.items()}, partial)
+        save_file(whole, partial)
         partial.replace(path)
     except FAILURES as error:
         partial.unlink(missing_ok=True)

@@ -103,8 +103,17 @@ def _held_out(latents: Latents, captions: bool) -> Iterator[tuple[Tensor, Tensor
 
 
 def restore_latents(module: Restorer, lq: Tensor, steps: int, texts: Captions | None = None) -> Tensor:
-    """Degraded latents b 16 t h w, restored from noise that is theirs for good; on the CPU."""
-    told = () if texts is None else (None, texts)
-    noise = torch.stack([frame_noise(i, 0, *lq.shape[2:3], 16, *lq.shape[3:]) for i in range(len(lq))])
-    noise, lq = noise.to(module.device), lq.to(module.device)
-    return sample(lambda x, u: module.velocity(x, lq, x.new_full((len(x),), u), *told), noise, steps).cpu()
+    """Degraded latents b 16 t h w, restored from noise that is theirs for good; on the CPU.
+
+    One by one: where there is room to train on a sample there is room to look at one, but not at all of them.
+    """
+    restored = []
+    for i, condition in enumerate(lq.to(module.device).split(1)):
+        told = () if texts is None else (None, texts[i : i + 1])
+        noise = frame_noise(i, 0, *lq.shape[2:3], 16, *lq.shape[3:])[None].to(module.device)
+        restored.append(_restored(module, noise, condition, steps, told).cpu())
+    return torch.cat(restored)
+
+
+def _restored(module: Restorer, noise: Tensor, lq: Tensor, steps: int, told: tuple) -> Tensor:
+    return sample(lambda x, u: module.velocity(x, lq, x.new_full((len(x),), u), *told), noise, steps)

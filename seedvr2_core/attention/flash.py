@@ -33,12 +33,15 @@ def why_not_3(call: AttentionCall) -> str | None:
 
 def run_2(call: AttentionCall) -> Tensor:
     cu_seqlens, longest = call.sequences.cu_seqlens, max(call.sequences.lengths)
-    return flash_2(call.q, call.k, call.v, cu_seqlens, cu_seqlens, longest, longest)
+    # torch's own switch does not reach it.
+    same = torch.are_deterministic_algorithms_enabled()
+    return flash_2(call.q, call.k, call.v, cu_seqlens, cu_seqlens, longest, longest, deterministic=same)
 
 
 def run_3(call: AttentionCall) -> Tensor:
     cu_seqlens, longest = call.sequences.cu_seqlens, max(call.sequences.lengths)
-    out = flash_3(call.q, call.k, call.v, cu_seqlens, cu_seqlens, longest, longest)
+    same = torch.are_deterministic_algorithms_enabled()
+    out = flash_3(call.q, call.k, call.v, cu_seqlens, cu_seqlens, longest, longest, deterministic=same)
     # Early versions also return the log-sum-exp.
     return out[0] if isinstance(out, tuple) else out
 

@@ -20,6 +20,7 @@ from training import journal, loop, state
 from training.config import OptimConfig
 from training.guards import GuardConfig, Guards, RollbackConfig
 from training.loop import Session
+from training.parallel import ATTEMPT
 from training.previews import Preview
 
 
@@ -501,6 +502,28 @@ def test_a_run_that_has_gone_back_too_often_or_has_nowhere_to_go_stops(tmp_path)
         assert stopped.value.code == 3
         alerts = journal.read(tmp_path / name / "alerts.jsonl")
         assert sum("Back to step" in alert["message"] for alert in alerts) == times
+
+
+def test_torchrun_does_not_begin_a_run_anew_that_a_guard_stopped_and_a_person_may(tmp_path, monkeypatch):
+    with pytest.raises(loop.Stopped):
+        train(Broken(bad=(4,)), tmp_path, strict(max=0))
+    again = Broken(bad=())
+    monkeypatch.setenv(ATTEMPT, "1")
+    with pytest.raises(loop.Stopped) as stopped:
+        train(again, tmp_path, strict(max=0))
+    assert stopped.value.code == 3 and "not finite" in stopped.value.sentence and not again.calls
+    monkeypatch.delenv(ATTEMPT)
+    train(again, tmp_path, strict(max=0))
+    assert [step for _, step, _ in again.calls] == [3, 4, 5]
+
+
+def test_a_run_that_torchrun_begins_anew_waits_for_the_lock_of_a_machine_that_is_no_more(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(journal.FileLock, "acquire", lambda _, timeout: waited.append(timeout))
+    for attempt in ("0", "1"):
+        monkeypatch.setenv(ATTEMPT, attempt)
+        train(Regression(), tmp_path / attempt)
+    assert waited == [0, journal.LEASE]
 
 
 def test_a_run_that_only_gets_worse_goes_back_to_where_it_was_saved(tmp_path):

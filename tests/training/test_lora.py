@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from seedvr2_core.errors import CheckpointError, SettingError
-from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B
+from seedvr2_core.models.dit import SEEDVR2_3B, SEEDVR2_7B, DiTConfig
 from tests.training.toys import in_processes, untimed
 from training import config as configs
 from training import export, journal, loop, state
@@ -40,6 +40,7 @@ from training.lora import (
     AdaptedDiscConfig,
     LoraTraining,
     flow_matching,
+    keep_adapters,
     open_base,
     players,
 )
@@ -209,7 +210,7 @@ def test_a_base_in_fp8_is_close_to_the_model_and_passes_gradients(restorer, inpu
 
 def test_saved_adapters_have_pefts_names_and_come_back(restorer, inputs, tmp_path):
     adapted = trained(AdaptedRestorer(Base(restorer), SMALL))
-    save_adapters(tmp_path, adapted.adapters, SMALL, "nano", prompted=False)
+    save_adapters(tmp_path, adapted.adapters.state_dict(), SMALL, "nano", prompted=False)
     with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
         assert "base_model.model.blocks.0.attn.proj_qkv.vid.lora_A.weight" in file.keys()  # noqa: SIM118
     assert AboutAdapters.in_folder(tmp_path) == AboutAdapters("nano", replace(SMALL, base="bf16"), prompted=False)
@@ -218,23 +219,39 @@ def test_saved_adapters_have_pefts_names_and_come_back(restorer, inputs, tmp_pat
     assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
 
 
+def keep_together(model: DiTConfig, config: LoraTraining, folder: Path, init_method: str) -> dict[str, torch.Tensor]:
+    """In one of several processes that share the weights; what they were before."""
+    processes = connect(ParallelConfig(), torch.device("cpu"), init_method)
+    torch.manual_seed(0)
+    adapted = trained(AdaptedRestorer(Base(Restorer(model)), SMALL))
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    keep_adapters(processes.place(adapted), config, folder, processes)
+    return before
+
+
+def test_adapters_that_several_processes_share_are_saved_whole(tiny_dit, config, tmp_path):
+    expected, _ = in_processes(2, keep_together, tmp_path / "work", tiny_dit, config, tmp_path / "adapter")
+    saved = load_adapters(tmp_path / "adapter")
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
 def test_a_folder_of_adapters_is_opened_and_exported_merged(inputs, tmp_path):
     """It is small and can be sent to whoever has what it is for."""
     base = Base(open_restorer("nano"))
     adapted = trained(AdaptedRestorer(base, SMALL))
-    save_adapters(tmp_path / "sent", adapted.adapters, SMALL, "nano")
+    save_adapters(tmp_path / "sent", adapted.adapters.state_dict(), SMALL, "nano")
     expected = adapted.velocity(*inputs)
     torch.testing.assert_close(open_restorer(tmp_path / "sent").velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(open_restorer("nano").velocity(*inputs), expected, atol=1e-2)
     file = tmp_path / "mine.safetensors"
     assert export.main(["--run", str(tmp_path / "sent"), "--out", str(file), "--dtype", "fp32"]) == 0
     torch.testing.assert_close(open_restorer(file).velocity(*inputs), expected, atol=1e-4, rtol=1e-4)
-    save_adapters(tmp_path / "sent", adapted.adapters, SMALL, "nano", prompted=False)
+    save_adapters(tmp_path / "sent", adapted.adapters.state_dict(), SMALL, "nano", prompted=False)
     assert not open_restorer(tmp_path / "sent").prompt.any()
 
 
 def test_adapters_of_another_model_are_refused(restorer, tiny_dit, tmp_path):
-    save_adapters(tmp_path, Adapters(Base(restorer), SMALL), SMALL, "nano")
+    save_adapters(tmp_path, Adapters(Base(restorer), SMALL).state_dict(), SMALL, "nano")
     with pytest.raises(CheckpointError, match="another model"):
         merged(Restorer(replace(tiny_dit, mlp_hidden=56)), SMALL, load_adapters(tmp_path), tmp_path)
     assert AboutAdapters.in_folder(tmp_path / "nowhere") is None
@@ -254,7 +271,7 @@ def test_adapters_of_another_model_are_refused(restorer, tiny_dit, tmp_path):
     ],
 )
 def test_adapters_that_lie_about_themselves_are_refused(config, words, tmp_path):
-    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL), SMALL, "nano")
+    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL).state_dict(), SMALL, "nano")
     (tmp_path / ADAPTER_CONFIG).write_text(config)
     with pytest.raises(CheckpointError, match=words):
         open_restorer(tmp_path)
@@ -262,13 +279,13 @@ def test_adapters_that_lie_about_themselves_are_refused(config, words, tmp_path)
 
 def test_adapters_for_themselves_are_refused(restorer, tmp_path):
     for name, base in (("ours", tmp_path / "theirs"), ("theirs", tmp_path / "ours")):
-        save_adapters(tmp_path / name, Adapters(Base(restorer), SMALL), SMALL, str(base))
+        save_adapters(tmp_path / name, Adapters(Base(restorer), SMALL).state_dict(), SMALL, str(base))
     with pytest.raises(CheckpointError, match="ends at a checkpoint"):
         open_restorer(tmp_path / "ours")
 
 
 def test_adapters_that_were_cut_off_are_refused(tmp_path, capsys):
-    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL), SMALL, "nano")
+    save_adapters(tmp_path, Adapters(Base(open_restorer("nano")), SMALL).state_dict(), SMALL, "nano")
     file = tmp_path / ADAPTER_FILE
     file.write_bytes(file.read_bytes()[:-100])
     assert export.main(["--run", str(tmp_path), "--out", str(tmp_path / "mine.safetensors")]) == 1

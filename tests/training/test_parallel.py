@@ -13,14 +13,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from seedvr2_core.errors import SettingError
+from seedvr2_core.errors import CheckpointError, SettingError
 from seedvr2_core.models.dit import DiT
 from tests.training.toys import OPTIM, RUN, Regression, ToyConfig, in_processes
 from training import apt, distill, journal, loop, pretrain, state
+from training import parallel as processes_of
 from training.config import ParallelConfig, RunConfig, override
 from training.loop import Session
-from training.parallel import Layers, Processes, UlyssesAttention, connect, gather, split, weight_parts
+from training.parallel import (
+    Layers,
+    Processes,
+    UlyssesAttention,
+    connect,
+    gather,
+    set_last_micro,
+    split,
+    weight_parts,
+)
 from training.pretrain import Latents, Pretraining, PretrainStage
 from training.restorer import Restorer
 
@@ -277,6 +288,59 @@ def test_sigterm_to_one_process_makes_all_save_after_the_same_step(tmp_path):
     assert [calls[-1] for _, calls in results] == [("g", 2, 0), ("g", 2, 1)]
     (path,) = state.complete(tmp_path / "run/checkpoints")
     assert json.loads((path / "meta.json").read_text())["step"] == 3
+
+
+def save_and_fail_in_one(root, init_method):
+    """What a checkpoint that cannot be written in the second process alone does to both."""
+    processes = connect(ParallelConfig(), CPU, init_method)
+    checkpoints, tensors = state.Checkpoints(root, processes), {"a": torch.ones(3)}
+    checkpoints.save(1, tensors)
+    written = state.dcp.save
+
+    def fail(*args, **kwargs):
+        written(*args, **kwargs)
+        if not processes.first:
+            raise OSError("no memory left there")
+
+    state.dcp.save = fail
+    with pytest.raises(CheckpointError, match="no memory left there"):
+        checkpoints.save(2, tensors)
+    state.dcp.save = written
+    checkpoints.save(3, tensors)
+    return [path.name for path in state.complete(checkpoints.directory)]
+
+
+def test_a_checkpoint_that_fails_in_one_process_fails_in_all_and_the_next_is_whole(tmp_path):
+    kept = in_processes(2, save_and_fail_in_one, tmp_path / "meeting", tmp_path)
+    assert kept == [["step_000001", "step_000003"]] * 2
+
+
+def gradients_after_one_of_two(init_method):
+    """Whether every gradient is a shard when a step is half-way through."""
+    processes = connect(ParallelConfig(), CPU, init_method)
+    module = processes.place(nn.Linear(8, 4))
+    set_last_micro(module, False)
+    module(torch.ones(2, 8)).sum().backward()
+    return [isinstance(parameter.grad, DTensor) for parameter in module.parameters()]
+
+
+def test_gradients_that_add_up_are_shards_too(tmp_path):
+    """Whole, those of a 7B are 31 GB in each process."""
+    assert in_processes(2, gradients_after_one_of_two, tmp_path) == [[True, True]] * 2
+
+
+TRIED = {"auto": "cuda:3", "cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu"}
+
+
+@pytest.mark.parametrize(("name", "tried"), TRIED.items())
+def test_no_process_touches_the_gpu_of_another(monkeypatch, name, tried):
+    touched, current = [], []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(processes_of, "pick_device", lambda name: touched.append(name) or torch.device(name))
+    assert str(processes_of.local_device(name)) == tried
+    assert touched == [tried] and current == [tried] * (name != "cpu")
 
 
 def test_11_torchrun_restarts_a_run_whose_process_died_and_it_ends_as_if_nothing_had_been(tmp_path):

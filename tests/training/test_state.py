@@ -55,13 +55,13 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_what_the_first_process_cannot_do_fails_in_all_of_them_and_none_waits(tmp_path, monkeypatch):
     class Second(Processes):
-        def agree(self, value):
-            return "No space left on device"
+        def gather(self, value):
+            return ["No space left on device", value]
 
     class First(Processes):
-        def agree(self, value):
+        def gather(self, value):
             said.append(value)
-            return value
+            return [value]
 
     def full(*args):
         raise OSError(28, "No space left on device")

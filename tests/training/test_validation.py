@@ -80,6 +80,18 @@ def test_a_condition_that_is_ignored_has_no_effect_and_one_that_is_followed_a_la
     assert effects[0] < 1e-5 and effects[1] == pytest.approx(effects[2] / 2, rel=1e-3) and 1.2 < effects[2] < 1.8
 
 
+def test_samples_are_looked_at_one_by_one_whatever_there_is_of_a_shape(latents):
+    sizes = []
+
+    class Counting(Echo):
+        def velocity(self, x, *others):
+            sizes.append(len(x))
+            return super().velocity(x, *others)
+
+    latent_errors(Counting(), latents, (1, 2))
+    assert max(len(hq) for hq, _ in latents.held_out()) > 1 and set(sizes) == {1}
+
+
 def test_a_sample_that_has_no_other_to_be_swapped_with_says_nothing_of_conditions(latents):
     alone = SimpleNamespace(held_out=lambda: [(hq[:1], lq[:1]) for hq, lq in latents.held_out()])
     assert latent_errors(Echo(), alone, (1,)).keys() == {"lq", "rms_1", "std_1"}

@@ -12,6 +12,7 @@ from seedvr2_core.attention import (
     AttentionCall,
     Sequences,
     choose,
+    flash,
     reference,
     varlen_attention,
 )
@@ -162,3 +163,15 @@ def test_sequences_know_where_they_lie():
     assert sequences.offsets == (0, 3, 4, 7)
     assert sequences.cu_seqlens.tolist() == [0, 3, 4, 7]
     assert sequences.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_is_told_to_be_the_same_every_time(monkeypatch, version):
+    told = []
+    monkeypatch.setattr(flash, f"flash_{version}", lambda q, *_, deterministic: told.append(deterministic) or q)
+    run = {2: flash.run_2, 3: flash.run_3}[version]
+    call = random_call((3,))
+    run(call)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    run(call)
+    assert told == [False, True]
