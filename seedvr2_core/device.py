@@ -15,6 +15,9 @@ DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Compute capability of the first GPUs whose tensor cores multiply bf16.
 AMPERE = (8, 0)
+# Architectures of AMD as they are named, read as hexadecimal numbers: the first for computing centres and the first for
+# desktops that multiply bf16. All numbers of the former are below all of the latter.
+CDNA, BEFORE_RDNA, RDNA3 = 0x908, 0x1000, 0x1100
 # Assumed where the system does not say how much memory is free, in bytes.
 UNKNOWN_FREE = 4 << 30
 
@@ -60,7 +63,13 @@ def warn_of_emulation(dtype: torch.dtype, device: torch.device, remedy: str = "c
 
 def _gpu_has_bf16(device: torch.device) -> bool:
     """What torch says counts emulation, which is slower than fp32, and is about the current device only."""
-    if torch.cuda.get_device_capability(device) >= AMPERE:
+    if torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        number = int(architecture.removeprefix("gfx"), 16)
+        fast = CDNA <= number < BEFORE_RDNA or number >= RDNA3
+    else:
+        fast = torch.cuda.get_device_capability(device) >= AMPERE
+    if fast:
         return True
     log.info(
         "%s has no bf16, so it computes in fp32, which takes twice the memory", torch.cuda.get_device_name(device)

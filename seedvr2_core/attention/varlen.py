@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from .backend import AttentionCall, Backend, needs_half_on_cuda
@@ -14,6 +15,8 @@ THERE = find_spec("torch.nn.attention.varlen") is not None
 def why_not(call: AttentionCall) -> str | None:
     if not THERE:
         return "needs torch 2.10 or later"
+    if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return "needs a torch that was built with flash attention for NVIDIA, as for Linux"
     return needs_half_on_cuda(call)
 
 

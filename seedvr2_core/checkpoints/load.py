@@ -64,6 +64,8 @@ def _part(checkpoint: Checkpoint, kind: str, expected: str) -> Part:
     raise CheckpointError(f"{checkpoint.path.name} {verb} {checkpoint.content.label}, expected {expected}.")
 
 
+# Ordinary tensors, whatever the caller's mode: those of inference mode cannot be used after a move in another mode.
+@torch.inference_mode(False)
 def _load(
     checkpoint: Checkpoint,
     part: Part,

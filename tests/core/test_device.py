@@ -2,6 +2,7 @@
 
 import io
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,25 @@ def test_a_gpu_that_would_emulate_bf16_computes_in_fp32_and_says_so(gpus, caplog
     assert [record.message for record in caplog.records] == [
         "GPU 1 has no bf16, so it computes in fp32, which takes twice the memory"
     ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("gfx942:sramecc+:xnack-", torch.bfloat16),  # MI300
+        ("gfx90a", torch.bfloat16),
+        ("gfx906", torch.float32),
+        ("gfx1030", torch.float32),  # RDNA 2
+        ("gfx1100", torch.bfloat16),
+        ("gfx1201", torch.bfloat16),
+    ],
+)
+def test_a_gpu_of_amd_is_known_by_its_architecture(gpus, monkeypatch, architecture, dtype):
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture)
+    )
+    assert pick_dtype("auto", torch.device("cuda:0")) == dtype
 
 
 def test_a_type_asked_for_by_name_is_used_wherever_it_is(gpus):

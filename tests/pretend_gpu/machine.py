@@ -120,6 +120,7 @@ torch.cuda.reset_peak_memory_stats = lambda _=None: device.reset_peak()
 torch.cuda.mem_get_info = lambda _=None: (TOTAL - device.allocated(), TOTAL)
 torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda _=None: torch.get_rng_state(), lambda state, _=None: None
 torch.cuda.Stream, torch.cuda.Event = Stream, Event
+torch.backends.cuda.is_flash_attention_available = lambda: True
 torch.cuda.stream = torch.cuda.device = torch.cuda.device_of = Nothing
 
 # Pinned memory is memory. A storage keeps its size, and is copied as the tensor of its bytes.

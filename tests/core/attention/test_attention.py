@@ -14,6 +14,7 @@ from seedvr2_core.attention import (
     choose,
     flash,
     reference,
+    varlen,
     varlen_attention,
 )
 from seedvr2_core.attention.backend import needs_half_on_cuda
@@ -106,6 +107,17 @@ def test_fused_kernels_refuse_heads_and_gpus_that_they_were_not_written_for(monk
     q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(7, 2, d))
     got = needs_half_on_cuda(AttentionCall(q, q, q, Sequences((7,), q.device)))
     assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize(("built", "hip"), [(False, None), (True, "7.2")])
+def test_a_torch_without_flash_attention_takes_another(monkeypatch, built, hip):
+    """Such are those for Windows, and for some GPUs of AMD."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(varlen, "THERE", True)
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(7, 2, 64))
+    assert "built with flash attention" in varlen.why_not(AttentionCall(q, q, q, Sequences((7,), q.device)))
 
 
 @EVERY_BACKEND

@@ -39,6 +39,15 @@ def test_nothing_is_left_without_memory(write, dit, vae):
         assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
+def test_a_model_survives_moves_whatever_the_mode(write, dit):
+    """A host loads in inference mode, and takes models off a device outside it."""
+    with torch.inference_mode():
+        loaded = load_dit(write("model.safetensors", dit.state_dict()), torch.float32)
+    loaded.double()
+    with torch.inference_mode():
+        loaded.txt_in(torch.zeros(1, dit.config.text_dim, dtype=torch.float64))
+
+
 def test_stored_frequencies_are_ignored_and_computed_afresh(write, either_dit):
     exact = either_dit.state_dict()
     coarse = {name: tensor * 2 if "rope" in name else tensor for name, tensor in exact.items()}
