@@ -86,7 +86,7 @@ def load_models(
         vae=autoencoder,
         prompts=prompts,
         label=content.label,
-        device=autoencoder.device,
+        device=torch.empty(0, device=device).device,
         choices=choices,
         files=(dit, vae),
     )
@@ -106,4 +106,6 @@ def around_blocks(dit: DiT) -> list[nn.Module]:
 def fast_options(device: torch.device) -> FastOptions:
     """How the autoencoder computes on this device."""
     # Shared products are measured to be faster on CPUs only; on GPUs that is still to be seen.
-    return FastOptions(turn=CPU_TURN) if device.type == "cpu" else FastOptions(winograd_from=None)
+    if device.type == "cpu":
+        return FastOptions(turn=CPU_TURN, device="cpu")
+    return FastOptions(winograd_from=None, device=device.type)

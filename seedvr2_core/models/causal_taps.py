@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .frames import FastOptions, Frames, ThreeTaps, channels_last, stacked
+from .frames import FastOptions, Frames, ThreeTaps, channels_last, fixed, stacked
 from .vae import CausalState
 from .winograd import WinogradTaps
 
@@ -22,14 +21,15 @@ from .winograd import WinogradTaps
 COUNTED = 2**31 - 1
 
 
-class TemporalConv:
+class TemporalConv(nn.Module):
     """A causal convolution with 3 taps in time and stride 1. Its state are the two frames before."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: FastOptions):
+        super().__init__()
         self.taps: ThreeTaps = BandedTaps(three_taps(weight, bias, options), weight, options)
         self.split = options.split
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         if self.split:
             frames = [self.split.extend(frame) for frame in frames]
         out: Frames = []
@@ -48,7 +48,7 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
     c, k = weight.shape[1], weight.shape[-1]
     if options.winograd_from is None or c < options.winograd_from:
         # For a lone clip in fp32 torch takes a slow path of its own on a CPU.
-        slow = weight.device.type == "cpu" and weight.dtype == torch.float32
+        slow = options.device == "cpu" and weight.dtype == torch.float32
         return StackedTaps(weight, bias) if slow else DirectTaps(weight, bias)
     rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
     # Rows of the small kernels of an upsampler would share too little.
@@ -56,11 +56,12 @@ def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> Thr
     return WinogradTaps(weight, bias, shared_rows, on_band=options.step)
 
 
-class BandedTaps:
+class BandedTaps(nn.Module):
     """Bands of rows, one after the other. Exact: a band gets the neighbours' rows that its kernel reaches."""
 
     def __init__(self, taps: ThreeTaps, weight: Tensor, options: FastOptions):
         """The weight c_out c ... k k has a kernel 2 or 3 rows high."""
+        super().__init__()
         self.taps, self.kernel, self.options = taps, weight.shape[-1], options
         self.most = COUNTED // max(weight.shape[:2])
         # Shared products come in small bands anyway; with kernels of 2 rows, those of a picture share none.
@@ -96,12 +97,13 @@ class BandedTaps:
         return out
 
 
-class DirectTaps:
+class DirectTaps(nn.Module):
     """Frames stacked, one call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        self.bias = bias
+        super().__init__()
+        self.weight = fixed(weight.contiguous(memory_format=torch.channels_last_3d))
+        self.bias = None if bias is None else fixed(bias)
 
     def still(self, frame: Tensor) -> Tensor:
         return F.conv2d(frame, channels_last(self.weight.sum(2)), self.bias, padding=1)
@@ -110,13 +112,14 @@ class DirectTaps:
         return list(F.conv3d(stacked(frames), self.weight, self.bias, padding=(0, 1, 1)).unbind(2))
 
 
-class StackedTaps:
+class StackedTaps(nn.Module):
     """As many frames as there are taps, one above the other as channels, for every result."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1):
-        self.taps = weight.shape[2]
-        self.conv = partial(F.conv2d, bias=bias, stride=stride, padding=padding)
-        self.weight = channels_last(weight.transpose(1, 2).flatten(1, 2))
+        super().__init__()
+        self.taps, self.stride, self.padding = weight.shape[2], stride, padding
+        self.weight = fixed(channels_last(weight.transpose(1, 2).flatten(1, 2)))
+        self.bias = None if bias is None else fixed(bias)
 
     def still(self, frame: Tensor) -> Tensor:
         return self.conv(frame, channels_last(self.weight.unflatten(1, (self.taps, -1)).sum(1)))
@@ -124,3 +127,6 @@ class StackedTaps:
     def moving(self, frames: Frames) -> Frames:
         starts = range(len(frames) - self.taps + 1)
         return [self.conv(torch.cat(frames[start : start + self.taps], dim=1), self.weight) for start in starts]
+
+    def conv(self, frame: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(frame, weight, self.bias, self.stride, self.padding)

@@ -18,11 +18,12 @@ from .vae import CausalState, FrameNorm
 SUMMED = 4096
 
 
-class NormSilu:
+class NormSilu(nn.Module):
     def __init__(self, norm: FrameNorm, options: FastOptions):
+        super().__init__()
         self.norm, self.options = norm, options
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [F.silu(self.normed(frames.pop(0)), inplace=True) for _ in range(len(frames))]
 
     def normed(self, frame: Tensor) -> Tensor:
@@ -30,22 +31,21 @@ class NormSilu:
             return split_norm(frame, self.norm, self.options.split)
         if frame.shape[-2] * frame.shape[-1] <= SUMMED:
             return self.norm.of_frame(frame)
-        clips = [large_norm(clip, self.norm, self.options.band) for clip in frame.split(1)]
+        clips = [large_norm(clip, self.norm, self.options) for clip in frame.split(1)]
         # A lone one would be copied.
         return torch.cat(clips) if len(clips) > 1 else clips[0]
 
 
-def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Tensor:
-    """Group norm of a large frame, 1 c H W, in channels-last memory, with statistics that stay true.
-
-    Args:
-        band: positions looked at in one call, which takes as much memory again; None: all.
-    """
+def large_norm(frame: Tensor, norm: nn.GroupNorm, options: FastOptions) -> Tensor:
+    """Group norm of a large frame, 1 c H W, in channels-last memory, with statistics that stay true."""
     frame = channels_last(frame)
     # Weights in fp32 keep the statistics in fp32.
     ones = frame.new_ones(frame.shape[1], dtype=torch.float32)
-    if norm.weight.device.type == "cpu":
-        center, spread = group_moments(frame, norm, ones, band)
+    if options.device == "cpu":
+        center, spread = group_moments(frame, norm, ones, options.band)
+    elif options.device != "cuda":
+        groups = frame.unflatten(1, (norm.num_groups, -1))[0].float()
+        spread, center = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
     else:
         moments = torch.batch_norm_update_stats(frame, torch.zeros_like(ones), ones, 0.0)
         mean, variance = (moment.unflatten(0, (norm.num_groups, -1)) for moment in moments)
@@ -57,6 +57,9 @@ def large_norm(frame: Tensor, norm: nn.GroupNorm, band: int | None = None) -> Te
 
 def group_moments(frame: Tensor, norm: nn.GroupNorm, ones: Tensor, band: int | None) -> tuple[Tensor, Tensor]:
     """Mean and variance of every group of channels of a frame 1 c H W, on a CPU.
+
+    Args:
+        band: positions looked at in one call, which takes as much memory again; None: all.
 
     In channels-last memory, torch adds up all values of a group one after the other, in fp32. At half a million values
     the result is off by a thousandth, and more in larger frames. So it is asked for strips of rows, whose moments are

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import Choices
 from .row_split import RowSplit
@@ -53,6 +53,8 @@ class FastOptions:
     split: RowSplit | None = None
     # Who says where kernels of our own are faster than the library, on a GPU; None: the library everywhere.
     choices: Choices | None = None
+    # The type of the device to compute on; None: the one where the weights lie.
+    device: str | None = None
 
     def step(self) -> None:
         """Tell whoever watches."""
@@ -75,6 +77,11 @@ class Taps(Protocol):
 class ThreeTaps(Taps, Protocol):
     def still(self, frame: Tensor) -> Tensor:
         """The result at a frame before which it was always the same."""
+
+
+def fixed(weight: Tensor) -> nn.Parameter:
+    """A weight that is not trained but moves with its module. Shared ones stay shared."""
+    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
 
 
 def stacked(frames: Frames) -> Tensor:

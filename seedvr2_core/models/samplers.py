@@ -10,28 +10,28 @@ kernels on the coarse grid. Its state is coarse as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .causal_taps import BandedTaps, StackedTaps, TemporalConv
-from .frames import FastOptions, Frames, Taps, channels_last
+from .frames import FastOptions, Frames, Taps, channels_last, fixed
 from .row_split import RowSplit
 from .vae import CausalState, Downsampler, Upsampler
 
 
-class SpatialDown:
+class SpatialDown(nn.Module):
     """Halves height and width."""
 
     def __init__(self, sampler: Downsampler, options: FastOptions):
-        self.weight, self.bias = channels_last(sampler.conv.weight.squeeze(2)), sampler.conv.bias
+        super().__init__()
+        self.weight, self.bias = fixed(channels_last(sampler.conv.weight.squeeze(2))), fixed(sampler.conv.bias)
         self.split = options.split
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [F.conv2d(pad_end(frame, self.split), self.weight, self.bias, stride=2) for frame in frames]
 
 
@@ -40,14 +40,15 @@ def pad_end(frame: Tensor, split: RowSplit | None) -> Tensor:
     return F.pad(frame, (0, 1, 0, 1)) if split is None else F.pad(split.extend_below(frame), (0, 1))
 
 
-class TemporalDown:
+class TemporalDown(nn.Module):
     """Halves time, height and width. Its state are the frames that the next result needs and that are here already."""
 
     def __init__(self, sampler: Downsampler, options: FastOptions):
+        super().__init__()
         self.taps = StackedTaps(sampler.conv.weight, sampler.conv.bias, stride=2, padding=0)
         self.split = options.split
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         padded = [pad_end(frame, self.split) for frame in frames]
         out: Frames = []
         if self not in state:
@@ -60,27 +61,29 @@ class TemporalDown:
         return out
 
 
-class SpatialUp:
+class SpatialUp(nn.Module):
     """Doubles height and width."""
 
     def __init__(self, sampler: Upsampler, options: FastOptions):
+        super().__init__()
         weight, bias, self.phases = merge(sampler, options, [[(0, 0), (1, 0), (2, 0)]])
         self.conv = TemporalConv(weight, bias, options)
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [fine for coarse in self.conv(frames, state) for fine in self.phases(coarse)]
 
 
-class TemporalUp:
+class TemporalUp(nn.Module):
     """Doubles time, height and width. Its state is the frame before, and what to do with the next."""
 
     def __init__(self, sampler: Upsampler, options: FastOptions):
+        super().__init__()
         # The second half of what the first frame becomes is dropped, and the first half stands in for all before it.
         self.first = CoarseUp(sampler, options, [[(0, 0), (0, 0), (0, 0)]])
         self.second = CoarseUp(sampler, options, [[(0, 0), (0, 0), (1, 0)], [(0, 0), (1, 0), (1, 1)]])
         self.regular = CoarseUp(sampler, options, [[(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0), (1, 1)]])
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         out: Frames = []
         for frame in frames:
             past, up = state.get(self, ([], self.first))
@@ -89,15 +92,16 @@ class TemporalUp:
         return out
 
 
-class CoarseUp:
+class CoarseUp(nn.Module):
     """An upsampler that sees a fixed number of coarse frames."""
 
     def __init__(self, sampler: Upsampler, options: FastOptions, taps: Sequence[Sequence[tuple[int, int]]]):
+        super().__init__()
         weight, bias, self.phases = merge(sampler, options, taps)
         self.taps: Taps = BandedTaps(StackedTaps(weight, bias), weight, options)
         self.split = options.split
 
-    def __call__(self, coarse: Frames) -> Frames:
+    def forward(self, coarse: Frames) -> Frames:
         if self.split is None:
             return self.phases(*self.taps.moving(coarse))
         (result,) = self.taps.moving([self.split.extend(frame) for frame in coarse])
@@ -138,15 +142,15 @@ def merge(
     return merged.to(dtype), bias.flatten().to(dtype), Phases(tap_bias.to(dtype), options.split)
 
 
-@dataclass(frozen=True)
-class Phases:
+class Phases(nn.Module):
     """Makes fine frames of what a merged upsampler computes on the coarse grid."""
 
-    # What the first convolution's bias contributes through each tap of the second: s p q 3 3 c.
-    tap_bias: Tensor
-    split: RowSplit | None
+    def __init__(self, tap_bias: Tensor, split: RowSplit | None):
+        """`tap_bias`: what the first convolution's bias contributes through each tap of the second, s p q 3 3 c."""
+        super().__init__()
+        self.tap_bias, self.split = fixed(tap_bias), split
 
-    def __call__(self, coarse: Tensor) -> Frames:
+    def forward(self, coarse: Tensor) -> Frames:
         """b (s p q c) h+1 w+1 -> s frames b c 2h 2w."""
         times, c = self.tap_bias.shape[0], self.tap_bias.shape[-1]
         b, _, h, w = coarse.shape

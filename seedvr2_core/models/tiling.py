@@ -59,10 +59,6 @@ class TiledVAE:
         return self.vae.config
 
     @property
-    def device(self) -> torch.device:
-        return self.vae.device
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.vae.dtype
 

@@ -12,21 +12,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import Choices, Moments, Question, causal_conv3d, frame_attention, group_norm, rounded
 from ..kernels.causal_conv3d import Tile
-from .frames import Frames, ThreeTaps, stacked
+from .frames import Frames, ThreeTaps, fixed, stacked
 from .vae import CausalState, FrameNorm, attend_to_frame
 
 
-class ChosenNormSilu:
+class ChosenNormSilu(nn.Module):
     """Stands in for `NormSilu`."""
 
     def __init__(self, norm: FrameNorm, choices: Choices):
+        super().__init__()
         self.norm, self.choices = norm, choices
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [self.of_frame(frame) for frame in frames]
 
     def of_frame(self, frame: Tensor, moments: Moments | None = None) -> Tensor:
@@ -52,7 +53,7 @@ class Convolved(NamedTuple):
     moments: Moments | None  # of the frame, where they were asked for
 
 
-class ChosenConv:
+class ChosenConv(nn.Module):
     """Stands in for `TemporalConv`."""
 
     def __init__(self, weight: Tensor, bias: Tensor, taps: ThreeTaps, bare: ThreeTaps, choices: Choices):
@@ -62,9 +63,11 @@ class ChosenConv:
             taps: the library's way.
             bare: the same without bias.
         """
-        self.weight, self.bias, self.taps, self.bare, self.choices = weight, bias, taps, bare, choices
+        super().__init__()
+        self.weight, self.bias = fixed(weight), fixed(bias)
+        self.taps, self.bare, self.choices = taps, bare, choices
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [frame for frame, _ in self.fused(frames, state)]
 
     def fused(
@@ -135,7 +138,7 @@ class ChosenConv:
         return out
 
 
-class ChosenResnet:
+class ChosenResnet(nn.Module):
     """Stands in for `Resnet`."""
 
     def __init__(
@@ -144,9 +147,10 @@ class ChosenResnet:
         second: tuple[ChosenNormSilu, ChosenConv],
         skip: Callable[[Tensor], Tensor],
     ):
+        super().__init__()
         (self.norm1, self.conv1), (self.norm2, self.conv2), self.skip = first, second, skip
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         inner = self.conv1.fused(self.norm1(frames, state), state, groups=self.norm2.norm.num_groups)
         normed = [self.norm2.of_frame(frame, moments) for frame, moments in inner]
         del inner

@@ -22,12 +22,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import vae_chosen
 from .causal_taps import TemporalConv
 from .frame_norm import NormSilu
-from .frames import FastOptions, Frames, Step, channels_last
+from .frames import FastOptions, Frames, Step, channels_last, fixed
 from .samplers import SpatialDown, SpatialUp, TemporalDown, TemporalUp
 from .vae import (
     CausalConv3d,
@@ -47,21 +47,26 @@ from .vae import (
 from .vae_chosen import ChosenConv, ChosenNormSilu, ChosenResnet
 
 
-class FastVAE:
+class FastVAE(nn.Module):
     """Stands in for `VideoVAE` where nothing is trained; see there for what the methods take and return.
 
-    States of the two are not interchangeable.
+    It has weights of its own and does not need the other any more. States of the two are not interchangeable.
     """
 
     def __init__(self, vae: VideoVAE, options: FastOptions | None = None):
+        super().__init__()
         self.config: VAEConfig = vae.config
-        weight = vae.decoder.conv_in.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        options, where = options or FastOptions(), vae.decoder.conv_in.weight.device.type
         # Its own copy, which `take` may change.
-        self.options = options = replace(options or FastOptions())
-        with torch.no_grad():
-            self.encoder = encoder_steps(vae.encoder, options)
-            self.decoder = decoder_steps(vae.decoder, options)
+        self.options = options = replace(options, device=options.device or where)
+        # Ordinary tensors, whatever the caller's mode, see `load_vae`.
+        with torch.inference_mode(False), torch.no_grad():
+            self.encoder = nn.ModuleList(encoder_steps(vae.encoder, options))
+            self.decoder = nn.ModuleList(decoder_steps(vae.decoder, options))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def take(self, block: int, band: int | None) -> None:
         """From the next slice on, compute this much at once, see `FastOptions`."""
@@ -161,13 +166,14 @@ def stage_steps(stage: Stage, options: FastOptions) -> list[Step]:
     return [blocks]
 
 
-class Chain:
+class Chain(nn.Module):
     """Steps one after the other, all for the same frames."""
 
     def __init__(self, steps: Sequence[Step], options: FastOptions):
-        self.steps, self.options = steps, options
+        super().__init__()
+        self.steps, self.options = nn.ModuleList(steps), options
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         for step in self.steps:
             frames = step(frames, state)
             self.options.step()
@@ -178,8 +184,9 @@ def norm_silu(norm: FrameNorm, options: FastOptions) -> NormSilu | ChosenNormSil
     return ChosenNormSilu(norm, options.choosing) if options.choosing else NormSilu(norm, options)
 
 
-class Attention:
+class Attention(nn.Module):
     def __init__(self, attention: FrameAttention, options: FastOptions):
+        super().__init__()
         self.attention, self.split = attention, options.split
         self.how = (
             partial(vae_chosen.attend, options.choices)
@@ -187,7 +194,7 @@ class Attention:
             else partial(attend_to_frame, on_turn=options.step)
         )
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         return [channels_last(self.attend(frame)) for frame in frames]
 
     def attend(self, frame: Tensor) -> Tensor:
@@ -206,33 +213,35 @@ def resnet(block: ResnetBlock, options: FastOptions) -> Resnet | ChosenResnet:
     return Resnet(*(Chain(half, options) for half in halves), Skip(block))
 
 
-class Resnet:
+class Resnet(nn.Module):
     def __init__(self, first: Step, second: Step, skip: Skip):
+        super().__init__()
         self.first, self.second, self.skip = first, second, skip
 
-    def __call__(self, frames: Frames, state: CausalState) -> Frames:
+    def forward(self, frames: Frames, state: CausalState) -> Frames:
         # A wide input is let go of as soon as it is narrowed and normed.
         sources = [self.skip(frame) for frame in frames]
         out = self.second(self.first(frames, state), state)
         return [frame.add_(source) for frame, source in zip(out, sources, strict=True)]
 
 
-class Skip:
+class Skip(nn.Module):
     """The way around a residual block."""
 
     def __init__(self, block: ResnetBlock):
-        self.shortcut = None
-        if block.conv_shortcut is not None:
-            self.shortcut = channels_last(block.conv_shortcut.weight.squeeze(2)), block.conv_shortcut.bias
+        super().__init__()
+        shortcut = block.conv_shortcut
+        self.weight = None if shortcut is None else fixed(channels_last(shortcut.weight.squeeze(2)))
+        self.bias = None if shortcut is None else fixed(shortcut.bias)
 
-    def __call__(self, frame: Tensor) -> Tensor:
-        return F.conv2d(frame, *self.shortcut) if self.shortcut else frame
+    def forward(self, frame: Tensor) -> Tensor:
+        return frame if self.weight is None else F.conv2d(frame, self.weight, self.bias)
 
 
 def temporal_conv(conv: CausalConv3d, options: FastOptions) -> TemporalConv | ChosenConv:
     if not options.choosing:
         return TemporalConv(conv.weight, conv.bias, options)
     # One copy of the weight serves all ways to use it.
-    weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
+    weight = fixed(conv.weight.contiguous(memory_format=torch.channels_last_3d))
     taps, bare = (TemporalConv(weight, bias, options).taps for bias in (conv.bias, None))
     return ChosenConv(weight, conv.bias, taps, bare, options.choosing)

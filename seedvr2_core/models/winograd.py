@@ -21,7 +21,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .frames import fixed
 
 # Positions of a frame in one band. Measured at 128 to 512 channels: half as many lose 3 %, twice as many up to 10 %.
 BAND = 8192
@@ -44,25 +46,27 @@ def share(early: Tensor, middle: Tensor, late: Tensor) -> tuple[Tensor, Tensor, 
     return early, (early + middle + late) / 2, (early - middle + late) / 2, -late
 
 
-class SingleRows:
+class SingleRows(nn.Module):
     """Every row on its own."""
 
     def __init__(self, kernel: Tensor, dtype: torch.dtype):
         """The kernel c_out c k k may be more precise than `dtype`, to which it is rounded last of all."""
-        self.kernel = kernel.to(dtype).contiguous(memory_format=torch.channels_last)
+        super().__init__()
+        self.kernel = fixed(kernel.to(dtype).contiguous(memory_format=torch.channels_last))
 
-    def __call__(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(band, self.kernel, bias, padding=(0, 1))
 
 
-class PairedRows:
+class PairedRows(nn.Module):
     """Two rows at a time of a kernel with three."""
 
     def __init__(self, kernel: Tensor, dtype: torch.dtype):
+        super().__init__()
         shared = (SingleRows(taps, dtype) for taps in share(*kernel.split(1, dim=2)))
         self.outer, self.total, self.difference, self.inner = shared
 
-    def __call__(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = band.shape[2] - 2
         if rows % 2:
             band = F.pad(band, (0, 0, 0, 1))
@@ -75,18 +79,19 @@ class PairedRows:
         return out[:, :, :rows]
 
 
-class FourRows:
+class FourRows(nn.Module):
     """Four rows at a time of a kernel with three."""
 
     def __init__(self, kernel: Tensor, dtype: torch.dtype):
+        super().__init__()
         early, middle, late = kernel.split(1, dim=2)
         even, odd = early + late, middle
         far_even, far_odd = early / 24 + late / 6, middle / 12
         # Values of the kernel as a polynomial at 0, 1, -1, 2, -2 and infinity.
         factors = (early / 4, -(even + odd) / 6, -(even - odd) / 6, far_even + far_odd, far_even - far_odd, late)
-        self.factors = [SingleRows(factor, dtype) for factor in factors]
+        self.factors = nn.ModuleList(SingleRows(factor, dtype) for factor in factors)
 
-    def __call__(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, band: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = band.shape[2] - 2
         band = F.pad(band, (0, 0, 0, -rows % 4))
         fours = (band.shape[2] - 2) // 4
@@ -113,7 +118,7 @@ class FourRows:
         return out[:, :, :rows]
 
 
-class WinogradTaps:
+class WinogradTaps(nn.Module):
     """A causal convolution with three taps in time, two frames at a time."""
 
     def __init__(
@@ -125,12 +130,14 @@ class WinogradTaps:
             shared_rows: whether rows share products as well, four in fp32 and two in smaller types; k has to be 3.
             on_band: called after every band; may raise to cancel.
         """
+        super().__init__()
         # Sums of rounded weights are formed in fp32 and rounded once.
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
         rows = SingleRows if not shared_rows else PairedRows if weight.dtype.itemsize == 2 else FourRows
         shared = (rows(taps, weight.dtype) for taps in share(*precise.unbind(2)))
         self.outer, self.total, self.difference, self.inner = shared
-        self.bias, self.c_out, self.k, self.on_band = bias, weight.shape[0], weight.shape[-1], on_band
+        self.bias = None if bias is None else fixed(bias)
+        self.c_out, self.k, self.on_band = weight.shape[0], weight.shape[-1], on_band
 
     def still(self, frame: Tensor) -> Tensor:
         """The result at a frame before which it was always the same."""

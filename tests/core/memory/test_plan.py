@@ -46,7 +46,7 @@ def published(name: str) -> tuple[DiT, FastVAE]:
     """The published models without contents, in bf16."""
     with torch.device("meta"):
         dit, vae = DiT(DITS[name]).bfloat16(), VideoVAE(SEEDVR2_VAE).bfloat16()
-    return dit.requires_grad_(False), FastVAE(vae.requires_grad_(False), FastOptions(winograd_from=None))
+    return dit.requires_grad_(False), FastVAE(vae.requires_grad_(False), FastOptions(winograd_from=None, device="cuda"))
 
 
 def work(name: str = "3b", size: str = "720p", frames: int | None = 25, device: str = "cuda", **more) -> Work:
@@ -140,7 +140,7 @@ def small(device: str, frames: int | None) -> Planner:
     """Of models so small that every way can be tried."""
     with torch.device("meta"):
         dit, vae = DiT(DIT).bfloat16().requires_grad_(False), VideoVAE(VAE).bfloat16().requires_grad_(False)
-    fast = FastVAE(vae, FastOptions(winograd_from=None))
+    fast = FastVAE(vae, FastOptions(winograd_from=None, device=device))
     return Planner(Work(dit=dit, vae=fast, device=device, height=96, width=144, frames=frames))
 
 
