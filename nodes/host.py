@@ -15,6 +15,7 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import ComfyExtension, Input, InputImpl, Types, io, ui
 from PIL import Image
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ..seedvr2_core.checkpoints.folders import COMFYUI_FOLDERS, EXTENSIONS
 from ..seedvr2_core.device import is_out_of_memory
 from ..seedvr2_core.errors import MediaError, SeedVR2Error
+from ..seedvr2_core.memory.stages import resident_bytes
 
 __all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io", "ui"]
 
@@ -102,7 +104,7 @@ def managed(module: nn.Module) -> ModelPatcher:
     """Put a module, which lies where models wait, into ComfyUI's care. It stays there as long as the result lives."""
     # Looked up late: where the hardware allows, ComfyUI puts another one in its place while it starts.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    return patcher(module, load_device=device(), offload_device=offload_device())
+    return patcher(module, load_device=management.get_torch_device(), offload_device=offload_device())
 
 
 def offload_device() -> torch.device:
@@ -119,8 +121,7 @@ def load(patchers: Sequence[ModelPatcher], working_bytes: int) -> None:
         patcher.model.to(device())
     # Without a module there it makes no room; and models that it moves piece by piece it would leave where they are
     # until the memory is taken, but our plans count what is free.
-    ours = [loaded for loaded in management.current_loaded_models if loaded.model in patchers]
-    management.free_memory(working_bytes + management.extra_reserved_memory(), device(), keep_loaded=ours)
+    make_room(patchers, working_bytes)
 
 
 def unload(patcher: ModelPatcher) -> None:
@@ -136,10 +137,22 @@ def on_unload(patcher: ModelPatcher, forget: Callable[[], None]) -> None:
     patcher.add_callback(CallbacksMP.ON_DETACH, lambda patcher, all_of_it: all_of_it and forget())
 
 
-def free_bytes() -> int:
-    """What the device could offer if every model that ComfyUI has there were gone."""
-    loaded = sum(patcher.loaded_size() for patcher in management.loaded_models())
-    return int(management.get_free_memory(device()) + loaded)
+def free_bytes(patchers: Sequence[ModelPatcher]) -> int:
+    """What the device could offer to these models if every other one that ComfyUI has there were gone."""
+    # A model that nobody holds any more is None.
+    others = [loaded for loaded in management.current_loaded_models if loaded.model not in (None, *patchers)]
+    place = management.get_torch_device()
+    theirs = sum(loaded.model_loaded_memory() for loaded in others if loaded.device == place)
+    # Ours may lie there without ComfyUI's doing: it may be where models wait.
+    ours = resident_bytes([patcher.model for patcher in patchers], device())
+    return int(management.get_free_memory(device()) + theirs + ours)
+
+
+def make_room(patchers: Sequence[ModelPatcher], working_bytes: float) -> None:
+    """Have so much free on the device beside these models; others have to go if need be."""
+    ours = [loaded for loaded in management.current_loaded_models if loaded.model in patchers]
+    place = management.get_torch_device()
+    management.free_memory(working_bytes + management.extra_reserved_memory(), place, keep_loaded=ours)
 
 
 def empty_frames(count: int, height: int, width: int, channels: int) -> Tensor:
@@ -149,6 +162,8 @@ def empty_frames(count: int, height: int, width: int, channels: int) -> Tensor:
         MediaError: there is not enough.
     """
     place = management.intermediate_device()
+    if place == device():
+        make_room([], 4 * count * height * width * channels)
     try:
         return torch.empty(count, height, width, channels, device=place)
     except (RuntimeError, MemoryError) as error:
@@ -217,7 +232,7 @@ class Progress:
         if pixels.is_floating_point():
             pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
         image = Image.fromarray(pixels.numpy())
-        self.bar.update_absolute(int(STEPS * share), preview=("JPEG", image, None))
+        self.bar.update_absolute(int(STEPS * share), preview=("JPEG", image, args.preview_size))
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +17,10 @@ from ..seedvr2_core.checkpoints import Prompts, inspect, load_dit, load_prompts,
 from ..seedvr2_core.device import DTYPES, pick_dtype
 from ..seedvr2_core.errors import SettingError
 from ..seedvr2_core.loading import Models, around_blocks, fast_options
-from ..seedvr2_core.memory.plan import USABLE
+from ..seedvr2_core.memory.plan import USABLE, MemoryPlan
 from ..seedvr2_core.models.dit import DiT
 from ..seedvr2_core.models.linear import pack
+from ..seedvr2_core.models.tiling import TiledVAE
 from ..seedvr2_core.models.vae_fast import FastVAE
 from ..seedvr2_core.planning import plan_clip
 from ..seedvr2_core.settings import Settings
@@ -28,6 +30,15 @@ from .host import io
 from .progress import Fetching
 
 PRECISIONS = (AUTO, *DTYPES)
+# More bytes than any device has.
+EVERYTHING = 1e30
+
+
+class Tiles(NamedTuple):
+    """How frames are tiled, in pixels, see `TiledVAE`."""
+
+    tile: int
+    overlap: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +106,8 @@ def stays() -> bool:
 
 def load_autoencoder(path: Path, dtype: torch.dtype) -> LoadedVAE:
     """Load an autoencoder into ComfyUI's care."""
-    return LoadedVAE(host.managed(load_vae(path, dtype, host.offload_device())), path)
+    plain = load_vae(path, dtype, host.offload_device())
+    return LoadedVAE(host.managed(FastVAE(plain, fast_options(host.device()))), path)
 
 
 def best(
@@ -141,9 +153,16 @@ def own_autoencoder(model: LoadedModel, on_progress: Fetching | None = None) -> 
 
 @contextmanager
 def ready(
-    model: LoadedModel | None, vae: LoadedVAE | None, settings: Settings, size: tuple[int, int], frames: int | None
-) -> Iterator[Models]:
+    model: LoadedModel | None,
+    vae: LoadedVAE | None,
+    settings: Settings,
+    size: tuple[int, int],
+    frames: int | None,
+    tiles: Tiles | None = None,
+) -> Iterator[tuple[Models, MemoryPlan | None]]:
     """Models on the device, with room beside them for a clip of this size; a single stage needs but one.
+
+    With them comes the plan that they are there for; None where it does not matter what else there is.
 
     A transformer that does not fit is moved here, as far as a plan wants it on the device, and goes back afterwards:
     its blocks take turns, of which ComfyUI knows nothing. To ComfyUI that is memory at work.
@@ -152,21 +171,22 @@ def ready(
         SettingError: there is not enough memory, whatever ComfyUI could put elsewhere.
     """
     parts = [part.patcher for part in (model, vae) if part is not None]
+    models = _models(model, vae, tiles)
     if stays():
         host.load([vae.patcher] if vae else [], 0)
-        yield _models(model, vae)
+        yield models, None
         return
-    plan = plan_clip(_models(model, vae), settings, size, frames, budget=host.free_bytes())
+    plan = plan_clip(models, settings, size, frames, budget=host.free_bytes(parts))
     if plan.streamed:
         parts.remove(model.patcher)
         host.unload(model.patcher)
-    # So much has to be free that the same plan is made of it once more.
+    # The libraries take a part that no plan foresees.
     host.load(parts, math.ceil(plan.peak / USABLE) - sum(patcher.model_size() for patcher in parts))
     try:
         if plan.streamed:
             for part in around_blocks(model.patcher.model):
                 part.to(host.device())
-        yield _models(model, vae)
+        yield models, plan
     finally:
         # They also take turns after memory has run out.
         if model and (plan.streamed or not lies_on(model.patcher.model, host.device())):
@@ -179,13 +199,15 @@ def lies_on(dit: DiT, device: torch.device) -> bool:
     return all(parameter.device == device for parameter in dit.parameters())
 
 
-def _models(model: LoadedModel | None, vae: LoadedVAE | None) -> Models:
-    """As they lie just now."""
+def _models(model: LoadedModel | None, vae: LoadedVAE | None, tiles: Tiles | None) -> Models:
+    parts = [part.patcher for part in (model, vae) if part is not None]
+    autoencoder = vae and vae.patcher.model
     return Models(
         dit=model and model.patcher.model,
-        vae=vae and FastVAE(vae.patcher.model, fast_options(host.device())),
+        vae=TiledVAE(autoencoder, *tiles) if tiles else autoencoder,
         prompts=model and model.prompts,
         label=model.label if model else vae.path.stem,
         device=host.device(),
         files=tuple(each.path for each in (model, vae) if each is not None),
+        make_room=partial(host.make_room, parts, EVERYTHING),
     )

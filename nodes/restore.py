@@ -68,18 +68,20 @@ class RestoreFrames(io.ComfyNode):
         rows, columns = settings.target.size(*frames.shape[1:3])
         restored = host.empty_frames(len(frames), rows, columns, frames.shape[-1])
         at = 0
-        with ready(model, vae, settings, (rows, columns), len(clips[0])) as models:
+        with ready(model, vae, settings, (rows, columns), len(clips[0])) as (models, plan):
             for clip in clips:
                 show = Shown(progress, at / len(frames), len(clip) / len(frames))
                 # Closed at once, also when a preview tells that the user has stopped: models are moved after that.
-                with closing(stream(clip, models, settings, (rows, columns), len(clip), show)) as pieces:
+                with closing(stream(clip, models, settings, (rows, columns), len(clip), show, plan)) as pieces:
                     for piece in pieces:
                         restored[at : at + len(piece)] = piece
                         at += len(piece)
                         show.preview(piece[-1])
         progress.finish(f"{counted(len(frames))}, {columns} x {rows}")
-        alpha = restored[..., 3] if frames.shape[-1] == 4 else restored.new_ones(1).expand(restored.shape[:3])
-        return io.NodeOutput(restored[..., : images.shape[-1]].contiguous(), 1 - alpha)
+        # Where all is opaque, the mask is a single value that looks as large.
+        transparent = frames.shape[-1] == 4
+        mask = 1 - restored[..., 3] if transparent else restored.new_zeros(1).expand(restored.shape[:3])
+        return io.NodeOutput(restored[..., : images.shape[-1]].contiguous(), mask)
 
 
 class RestoreVideo(io.ComfyNode):
@@ -152,8 +154,8 @@ class RestoreVideo(io.ComfyNode):
             )
             progress = host.Progress(cls.hidden.unique_id)
             show = Shown(progress)
-            with ready(model, vae, settings, (rows, columns), info.frames) as models:
-                report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview)
+            with ready(model, vae, settings, (rows, columns), info.frames) as (models, plan):
+                report = restore_file(source, saved.path, models, settings, show, on_frame=show.preview, plan=plan)
             # A kind of file that cannot be written has become another.
             kind = "" if suffix in (source.suffix.lower(), f".{format}") else f", as {suffix}"
             progress.finish(f"{counted(report.frames)}, {columns} x {rows}{kind}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..seedvr2_core.errors import MediaError
-from ..seedvr2_core.models.tiling import TiledVAE
 from ..seedvr2_core.models.windows import WindowConfig
 from ..seedvr2_core.pipeline import decode, encode, pixel_size, restore_latent
 from ..seedvr2_core.video.color import ColorTransfer
@@ -26,7 +24,7 @@ from ..seedvr2_core.video.geometry import (
 )
 from . import host, inputs
 from .host import io
-from .models import LoadedModel, LoadedVAE, ready
+from .models import LoadedModel, LoadedVAE, Tiles, ready
 from .options import Options, settings_of
 from .progress import Shown
 
@@ -62,8 +60,8 @@ class Encode(io.ComfyNode):
         settings = settings_of(options, target=inputs.target(size))
         height, width = settings.target.size(*images.shape[1:3])
         clips = inputs.clips(images, frames_are)
-        with ready(None, vae, settings, (height, width), len(clips[0])) as models:
-            latents = each(cls, "encode", clips, lambda clip, show: encode(clip[..., :3], models, settings, show))
+        with ready(None, vae, settings, (height, width), len(clips[0])) as (models, plan):
+            latents = each(cls, "encode", clips, lambda clip, show: encode(clip[..., :3], models, settings, show, plan))
         origin = {"frames": len(clips[0]), "height": height, "width": width}
         return io.NodeOutput({"samples": host.keep(torch.stack(latents)), ORIGIN: origin})
 
@@ -144,8 +142,12 @@ class RestoreLatent(io.ComfyNode):
             attention=model.attention,
         )
         samples = samples_of(latent)
-        with ready(model, None, settings, *pixel_size(samples[0])) as models:
-            clean = each(cls, "restore", samples, lambda x, show: restore_latent(host.bring(x), models, settings, show))
+        with ready(model, None, settings, *pixel_size(samples[0])) as (models, plan):
+
+            def cleaned(latent: Tensor, show: Shown) -> Tensor:
+                return restore_latent(host.bring(latent), models, settings, show, plan)
+
+            clean = each(cls, "restore", samples, cleaned)
         return io.NodeOutput({**latent, "samples": host.keep(torch.stack(clean))})
 
 
@@ -189,16 +191,15 @@ class Decode(io.ComfyNode):
 
         def decoded(index: int, show: Shown) -> None:
             at, end = index * length, (index + 1) * length
-            with closing(decode(host.bring(samples[index]), models, settings, show)) as pieces:
+            with closing(decode(host.bring(samples[index]), models, settings, show, plan)) as pieces:
                 for piece in pieces:
                     count = min(len(piece), end - at)
                     images[at : at + count] = piece[:count, :rows, :columns]
                     at += count
                     show.preview(images[at - 1])
 
-        with ready(None, vae, settings, size, frames) as models:
-            if tiling["tiling"] != "exact":
-                models = replace(models, vae=TiledVAE(models.vae, tiling["tile"], tiling["overlap"]))
+        tiles = None if tiling["tiling"] == "exact" else Tiles(tiling["tile"], tiling["overlap"])
+        with ready(None, vae, settings, size, frames, tiles) as (models, plan):
             each(cls, "decode", range(len(samples)), decoded)
         return io.NodeOutput(images)
 

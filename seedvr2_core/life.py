@@ -32,7 +32,7 @@ from .memory.streaming import StreamedBlocks, new_state, placed
 from .models.dit import DiTConfig, Layout, make_layout, token_grid
 from .models.vae import CausalState, posterior
 from .models.vae_fast import FastVAE
-from .planning import available_bytes
+from .planning import available_bytes, bytes_of_others
 from .settings import Settings
 from .video.alpha import upscale_alpha
 from .video.chunks import OVERLAP, crossfade, overlapping
@@ -99,6 +99,7 @@ class Life:
             self.decoder = Slices(self, "decode", models.vae.decode_slice, self.latent_of, looks_back[1])
             self.halves = [self.encoder, self.decoder]
         self.stepped_down = False
+        self.others = bytes_of_others(models)
         self.blocks: StreamedBlocks | None = None
         self.adopt(plan)
         self.begin(0)
@@ -172,7 +173,10 @@ class Life:
         except (RuntimeError, MemoryError) as error:
             if self.stepped_down or not is_out_of_memory(error):
                 raise
-            smaller = step_down(self.plan, stage, available_bytes(self.models, self.plan))
+            before = bytes_of_others(self.models)
+            self.models.make_room()
+            self.others -= before - bytes_of_others(self.models)
+            smaller = step_down(self.plan, stage, available_bytes(self.models, self.plan, self.others))
             if smaller is None:
                 raise
             failure = str(error).partition("\n")[0]

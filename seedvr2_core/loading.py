@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Models:
     device: torch.device
     choices: Choices | None = None  # who says where our own kernels run; None: nowhere
     files: tuple[Path, ...] = ()  # where they come from
+    make_room: Callable[[], None] = lambda: None  # asks others for memory of the device, when it has run out
 
     @property
     def dtype(self) -> torch.dtype:

@@ -49,6 +49,7 @@ def stream(
     size: tuple[int, int],
     total: int | None = None,
     on_progress: OnProgress | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Iterator[Tensor]:
     """Restore frames as they come; memory does not grow with their number.
 
@@ -56,6 +57,7 @@ def stream(
         frames: each H W c, floats in 0..1 or codes in uint8 or uint16, which take less memory while they wait.
         size: height and width of the result.
         total: how many frames there will be, if known; only progress depends on it.
+        plan: as made before, by `plan_clip`; None: it is made now.
 
     Yields:
         T H' W' c in 0..1, fp32 on the CPU, in order, in pieces of any length; as many frames in all as came in.
@@ -64,7 +66,7 @@ def stream(
         MediaError: there is no frame.
         SettingError: a setting is impossible here, or takes more memory than there is.
     """
-    plan = plan_clip(models, settings, size, total)
+    plan = plan or plan_clip(models, settings, size, total)
     log_plan(plan, models, settings, "Frames")
     with told_of_memory(models, size):
         for frame, _ in restored(frames, models, settings, size, total, on_progress, plan):
@@ -105,23 +107,36 @@ def restored(
 
 
 @torch.inference_mode()
-def encode(frames: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None) -> Tensor:
+def encode(
+    frames: Tensor,
+    models: Models,
+    settings: Settings,
+    on_progress: OnProgress | None = None,
+    plan: MemoryPlan | None = None,
+) -> Tensor:
     """The first stage alone: the degraded latent c t h w, fp32 on the device, of frames T H W c in 0..1.
 
-    It is scaled as the transformer sees it; T frames become ceil((T - 1) / 4) + 1 latents.
+    It is scaled as the transformer sees it; T frames become ceil((T - 1) / 4) + 1 latents. For `plan` see `stream`.
     """
     size = settings.target.size(*frames.shape[1:3])
-    with _alone("encode", models, settings, size, len(frames), on_progress) as life:
+    with _alone("encode", models, settings, size, len(frames), on_progress, plan) as life:
         return torch.cat([latent for latent, _ in life.encode(life.pieces(frames))], dim=1)
 
 
 @torch.inference_mode()
 def restore_latent(
-    condition: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None
+    condition: Tensor,
+    models: Models,
+    settings: Settings,
+    on_progress: OnProgress | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Tensor:
-    """The second stage alone: a clean latent c t h w, fp32 on the device, of a degraded one on the device."""
+    """The second stage alone: a clean latent c t h w, fp32 on the device, of a degraded one on the device.
+
+    For `plan` see `stream`.
+    """
     size, frames = pixel_size(condition)
-    with _alone("restore", models, settings, size, frames, on_progress) as life:
+    with _alone("restore", models, settings, size, frames, on_progress, plan) as life:
         latents = condition.float().split(1, dim=1)
         each = ((latent, index == len(latents) - 1) for index, latent in enumerate(latents))
         return torch.cat([latent for latent, _ in life.restore(each)], dim=1)
@@ -129,14 +144,18 @@ def restore_latent(
 
 @torch.inference_mode()
 def decode(
-    latent: Tensor, models: Models, settings: Settings, on_progress: OnProgress | None = None
+    latent: Tensor,
+    models: Models,
+    settings: Settings,
+    on_progress: OnProgress | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Iterator[Tensor]:
     """The third stage alone: pieces of frames T H W 3 in 0..1 on the device, of a clean latent c t h w on the device.
 
-    As many frames as a clip of so many latents can have, with the padding of their size.
+    As many frames as a clip of so many latents can have, with the padding of their size. For `plan` see `stream`.
     """
     size, frames = pixel_size(latent)
-    with _alone("decode", models, settings, size, frames, on_progress) as life:
+    with _alone("decode", models, settings, size, frames, on_progress, plan) as life:
         for clip in life.decode(iter([(latent.float(), True)])):
             yield to_frames(clip.transpose(0, 1).float()).permute(0, 2, 3, 1)
 
@@ -149,10 +168,16 @@ def pixel_size(latent: Tensor) -> tuple[tuple[int, int], int]:
 
 @contextmanager
 def _alone(
-    stage: Stage, models: Models, settings: Settings, size: tuple[int, int], frames: int, on_progress: OnProgress | None
+    stage: Stage,
+    models: Models,
+    settings: Settings,
+    size: tuple[int, int],
+    frames: int,
+    on_progress: OnProgress | None,
+    plan: MemoryPlan | None,
 ) -> Iterator[Life]:
     """A life of which only one stage is lived."""
-    plan = plan_clip(models, settings, size, frames)
+    plan = plan or plan_clip(models, settings, size, frames)
     log_plan(plan, models, settings, "Frames", [stage])
     report = on_progress or (lambda stage, done, total: None)
     with told_of_memory(models, size), closing(Life(models, settings, size, frames, report, plan, stage)) as life:

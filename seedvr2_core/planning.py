@@ -54,14 +54,21 @@ def plan_clip(
         source=source if device.type == "cpu" else 0,
     )
     if budget is None:
-        budget = free_bytes(device) + resident_bytes(work, device)
+        budget = free_bytes(device) + resident_bytes([models.dit, models.vae], device)
     return make_plan(work, budget if settings.memory_limit is None else min(budget, settings.memory_limit))
 
 
-def available_bytes(models: Models, plan: MemoryPlan) -> int:
-    """What could be had now, what is in use included."""
+def bytes_of_others(models: Models) -> int:
+    """What lies on a GPU besides these models before a clip is begun, of whoever else is in this process."""
+    if models.device.type != "cuda":
+        return 0
+    return torch.cuda.memory_allocated(models.device) - resident_bytes([models.dit, models.vae], models.device)
+
+
+def available_bytes(models: Models, plan: MemoryPlan, others: int) -> int:
+    """What a clip could have now, what it uses included; `others` is what it does not use but was there before."""
     if models.device.type == "cuda":
-        return free_bytes(models.device) + torch.cuda.memory_allocated(models.device)
+        return free_bytes(models.device) + torch.cuda.memory_allocated(models.device) - others
     return free_bytes(models.device) + plan.weights
 
 

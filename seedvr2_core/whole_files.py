@@ -23,6 +23,7 @@ from .errors import MediaError
 from .journal import claimed, journal
 from .life import PIECE, OnProgress, Waypoint
 from .loading import Models
+from .memory.plan import MemoryPlan
 from .models.linear import is_rounded
 from .pipeline import restored
 from .planning import bytes_of_frame, log_plan, plan_clip, told_of_memory
@@ -63,6 +64,7 @@ def restore_file(
     on_progress: OnProgress | None = None,
     fps: Fraction | int = 24,
     on_frame: Callable[[Tensor], None] | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Report:
     """Restore a video, an image or a folder of numbered images, whatever its length, into another.
 
@@ -74,6 +76,7 @@ def restore_file(
     Args:
         fps: frame rate of a folder of images, which are frames of a clip here, whatever their names.
         on_frame: called with every finished frame H W c in 0..1, on the device.
+        plan: as made before, by `plan_clip`; None: it is made now.
 
     Raises:
         MediaError: the source cannot be read to its end or the destination not written.
@@ -82,7 +85,7 @@ def restore_file(
     start = time.perf_counter()
     info = probe(source, fps=fps)
     size = height, width = settings.target.size(info.height, info.width)
-    plan = plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
+    plan = plan or plan_clip(models, settings, size, info.frames, bytes_of_frame(info))
     log_plan(plan, models, settings, f"{info.path.name}, {info.width} x {info.height}")
     if info.interlaced:
         log.warning("%s is marked as interlaced: if what moves has combs, they will be restored too; deinterlace it "

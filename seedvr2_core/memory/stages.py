@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -155,9 +155,9 @@ def weights_of(work: Work) -> Weights:
     return Weights(blocks, everything - sum(blocks), work.device == "cuda" and not packed)
 
 
-def resident_bytes(work: Work, device: torch.device) -> int:
-    """Bytes of the weights that are on the device now."""
-    return _bytes(tensor for tensor in _tensors_of((work.dit, work.vae), set()) if tensor.device == device)
+def resident_bytes(models: Sequence[object], device: torch.device) -> int:
+    """Bytes of these models' weights that are on the device now."""
+    return _bytes(tensor for tensor in _tensors_of(tuple(models), set()) if tensor.device == device)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

@@ -80,7 +80,8 @@ class CudaFerry:
         # Whoever had the memory before may still be computing with it. All memory of this stream is taken here, behind
         # this line, so that a tensor may be dropped at any time.
         self.up.wait_stream(torch.cuda.current_stream(self.device))
-        self.up.wait_event(stored.complete)
+        if stored.complete is not None:
+            self.up.wait_event(stored.complete)
         host = stored.host[index]
         with torch.cuda.stream(self.up):
             # Some rows of a frame in channels-last memory lie together, as they will on the device.
@@ -274,7 +275,9 @@ class StreamedBlocks:
         self._stored: dict[int, Stored] = {}
         for index, block in enumerate(blocks):
             if index in self._turns:
-                self._stored[index] = self.ferry.store(self._buffers[index].fill(block))
+                flat = self._buffers[index].left_by(block)
+                stored = Stored(flat) if flat is not None else self.ferry.store(self._buffers[index].fill(block))
+                self._stored[index] = stored
                 self._assign(index, self._stored[index].host)
             elif next(block.parameters()).device != device:
                 block.to(device)
@@ -354,6 +357,17 @@ class _Buffer:
             self.spans[name] = self.size, self.size + parameter.nbytes
             self.size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
         self.like = {name: (parameter.dtype, parameter.shape) for name, parameter in block.named_parameters()}
+
+    def left_by(self, block: nn.Module) -> Tensor | None:
+        """The bytes of the parameters where an earlier stream has left them in host memory, if one has."""
+        first = next(block.parameters())
+        storage = first.untyped_storage()
+        begins = {name: parameter.data_ptr() - storage.data_ptr() for name, parameter in block.named_parameters()}
+        if first.device.type != "cpu" or storage.nbytes() != self.size or len(begins) != len(self.spans):
+            return None
+        if any(begins[name] != start for name, (start, _) in self.spans.items()):
+            return None
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def fill(self, block: nn.Module) -> Tensor:
         """The bytes of the parameters, where the block is."""

@@ -192,8 +192,10 @@ def latent_grid(frames: int, height: int, width: int) -> Grid:
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """Codes in uint8 or uint16 to fp32 in 0..1; what is floating already is left alone. Any layout; it is kept."""
-    return pixels if pixels.is_floating_point() else pixels.float() / torch.iinfo(pixels.dtype).max
+    """Codes in uint8 or uint16, or floats in 0..1, to floats of 32 bits or more in 0..1. Any layout; it is kept."""
+    if pixels.is_floating_point():
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    return pixels.float() / torch.iinfo(pixels.dtype).max
 
 
 def to_clip(frames: Tensor) -> Tensor:

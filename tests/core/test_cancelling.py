@@ -101,15 +101,15 @@ def test_cancelling_from_another_thread_leaves_nothing_half_written(runnable: Mo
 
 def test_a_failure_that_somebody_keeps_keeps_no_frames(runnable: Models):
     vae, seen = FastVAE(runnable.vae), []
-    last = vae.decoder[-1]
+    forward = vae.decoder[-1].forward
 
     def fail(frames: list[Tensor], state: object) -> list[Tensor]:
         if frames[0].is_meta:  # the plan is being made
-            return last(frames, state)
+            return forward(frames, state)
         seen.append(weakref.ref(frames[0]))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    vae.decoder[-1] = fail
+    vae.decoder[-1].forward = fail
     with pytest.raises(SettingError, match="takes more memory") as kept:
         restore(torch.rand(5, 48, 64, 3), replace(runnable, vae=vae), SAME)
     assert kept.value.__cause__.__traceback__

@@ -402,21 +402,10 @@ class Failing:
     def __init__(self, models: Models, part: str, call: int, times: int = 1):
         self.calls, self.part, self.call, self.times = 0, part, call, times
         vae, dit = FastVAE(models.vae), deepcopy(models.dit)
-        if part == "restore":
-            dit.register_forward_pre_hook(lambda *_: self.count())
-        else:
-            self.patch(vae.encoder if part == "encode" else vae.decoder)
+        # Of the autoencoder the last part: all others have used up their state by then.
+        failing = {"encode": vae.encoder[-1], "restore": dit, "decode": vae.decoder[-1]}[part]
+        failing.register_forward_pre_hook(lambda *_: self.count())
         self.models = replace(models, vae=vae, dit=dit)
-
-    def patch(self, steps: list) -> None:
-        # The last part of the network: all others have used up their state by then.
-        last = steps[-1]
-
-        def failing(frames: list, state: object) -> list:
-            self.count()
-            return last(frames, state)
-
-        steps[-1] = failing
 
     def count(self) -> None:
         if _in_trial():

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # Modules that host.py imports, and modules of ComfyUI that these are part of.
 HOST_MODULES = (
-    "comfy", "comfy.model_management", "comfy.model_patcher", "comfy.patcher_extension", "comfy.utils",
-    "folder_paths", "server",
+    "comfy", "comfy.cli_args", "comfy.model_management", "comfy.model_patcher", "comfy.patcher_extension",
+    "comfy.utils", "folder_paths", "server",
 )  # fmt: skip
 NAME = "pack_of_this_test"
 
@@ -58,6 +58,7 @@ def loaded() -> Iterator[Callable[[str], ModuleType]]:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(modules[parent], child, modules[name])
+    modules["comfy.cli_args"].args = StandIn()
     modules["comfy.model_patcher"].ModelPatcher = StandIn()
     modules["comfy.patcher_extension"].CallbacksMP = StandIn()
     modules["server"].PromptServer = StandIn()

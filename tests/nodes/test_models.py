@@ -39,7 +39,7 @@ class Host:
         host = self.models.host
         patch.setattr(host, "device", lambda: CUDA)
         patch.setattr(host, "offload_device", lambda: torch.device("cpu"))
-        patch.setattr(host, "free_bytes", lambda: self.free)
+        patch.setattr(host, "free_bytes", lambda patchers: self.free)
         patch.setattr(host, "managed", Patcher)
         patch.setattr(host, "load", self.load)
         patch.setattr(host, "unload", lambda patcher: patcher.model.to(torch.device("cpu")))
@@ -92,11 +92,12 @@ def ready(host: Host, model, vae):
 
 def test_models_that_fit_are_comfyuis_to_move(host):
     model, vae = nano(host)
-    with ready(host, model, vae) as models:
-        assert models.device == CUDA
-        assert on_device(models.dit) == on_device(vae.patcher.model) == {True}
+    with ready(host, model, vae) as (models, plan):
+        assert models.device == CUDA and plan.budget == PLENTY
+        assert models.vae is vae.patcher.model
+        assert on_device(models.dit) == on_device(models.vae) == {True}
     ((names, working),) = host.asked
-    assert names == ["DiT", "VideoVAE"] and working > 0
+    assert names == ["DiT", "FastVAE"] and working > 0
     assert on_device(model.patcher.model) == {True}  # it stays until ComfyUI takes it away
 
 
@@ -107,7 +108,7 @@ def test_of_a_streamed_transformer_all_but_the_blocks_lies_on_the_device_and_goe
         with ready(host, model, vae):
             pass
     host.free, host.asked = LITTLE, []
-    with ready(host, model, vae) as models:
+    with ready(host, model, vae) as (models, _):
         assert models.device == CUDA and models.dtype == torch.float32
         around = [part for name, part in models.dit.named_children() if name != "blocks"]
         assert [on_device(part) for part in around] == [{True}] * len(around)
@@ -116,14 +117,14 @@ def test_of_a_streamed_transformer_all_but_the_blocks_lies_on_the_device_and_goe
     assert on_device(model.patcher.model) == {False}
     # The blocks that are on the device are work, for which ComfyUI makes room.
     ((names, working),) = host.asked
-    assert names == ["VideoVAE"]
+    assert names == ["FastVAE"]
     assert working + vae.patcher.model_size() <= LITTLE
 
 
 def test_a_streamed_transformer_alone_finds_room_and_goes_back_after_an_error(host):
     model, _ = nano(host)
     host.free = 24 << 20
-    with pytest.raises(KeyError), ready(host, model, None) as models:
+    with pytest.raises(KeyError), ready(host, model, None) as (models, _):
         assert on_device(models.dit.txt_in) == {True} and on_device(models.dit.blocks) == {False}
         raise KeyError
     assert on_device(model.patcher.model) == {False}
@@ -133,7 +134,7 @@ def test_a_streamed_transformer_alone_finds_room_and_goes_back_after_an_error(ho
 
 def test_blocks_that_took_turns_after_memory_ran_out_come_back_as_a_whole(host):
     model, vae = nano(host)
-    with ready(host, model, vae) as models:
+    with ready(host, model, vae) as (models, _):
         models.dit.blocks[0].to_empty(device="cpu")
     assert on_device(model.patcher.model) == {False}
 
