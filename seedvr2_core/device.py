@@ -101,7 +101,8 @@ def free_bytes(device: torch.device) -> int:
         return UNKNOWN_FREE
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; on a CPU, and in CUDA's own libraries, only the message tells."""
-    says = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    # The last is what torch says where no way of cuDNN to convolve has found room to work in.
+    says = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in says)

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,9 @@ from .memory.plan import STAGES, MemoryPlan, Stage, describe, make_plan
 from .memory.stages import Work, resident_bytes
 from .settings import Settings
 from .video.geometry import LATENT_FRAMES
-from .video.media import MediaInfo
+
+if TYPE_CHECKING:
+    from .video.media import MediaInfo
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +109,18 @@ def test_nothing_catches_whatever_may_come(path):
     caught = [ast.walk(handler.type) if handler.type else [ast.Name("BaseException")] for handler in handlers]
     names = {node.id for nodes in caught for node in nodes if isinstance(node, ast.Name)}
     assert not names & {"Exception", "BaseException"}
+
+
+def test_frames_are_restored_and_all_is_measured_without_pyav():
+    """As on machines that are lent for measuring."""
+    from tests.bench.gpu import STEPS
+
+    paths = [ROOT / path for step in STEPS if not step.is_bench for path in step.arguments if path.startswith("tests/")]
+    files = [file for path in paths for file in ([path] if path.suffix else path.glob("test_*.py"))]
+    benches = {step.module for step in STEPS if step.is_bench}
+    names = [CORE, "tests.bench.gpu", *sorted(benches), *(".".join(dotted(file)) for file in files)]
+    code = "import sys; sys.modules.update(dict.fromkeys(['av', 'gguf', 'torchao']))"
+    code += f"; from importlib import import_module; print(len([import_module(name) for name in {names}]))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == f"{len(names)}\n", run.stderr
+    assert len(names) > 15

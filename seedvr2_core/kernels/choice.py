@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..device import AMPERE
+from ..device import AMPERE, is_out_of_memory
 from ..errors import SeedVR2Error
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,18 @@ AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 1e-2}
 # How far a single value may be off, as a multiple of that and of the largest value: a wrong corner of a frame is lost
 # in the norm of the whole.
 WORST = 4
-# What may come out of a compiler and its cache (files, a C compiler, another version's interface) and out of a launch.
+# What may come out of a compiler because of what is around it: files, a C compiler, other programs. Tomorrow it may be
+# mended.
+PASSING = (OSError, subprocess.SubprocessError)
+NO_COMPILER = "Failed to find C compiler"
+# What else may come out of it (bugs, another version's interface) and out of a launch.
 FAILURES = (
-    RuntimeError, OSError, subprocess.SubprocessError, ImportError, SyntaxError, ArithmeticError, AssertionError,
-    AttributeError, LookupError, TypeError, ValueError,
+    *PASSING, ImportError, RuntimeError, SyntaxError, ArithmeticError, AssertionError, AttributeError, LookupError,
+    TypeError, ValueError,
 )  # fmt: skip
 
 Output = Tensor | Sequence[Tensor]
 Call = Callable[[], Output]
-Refuse = Callable[[str, str], None]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -69,6 +72,7 @@ class Question:
     shape: tuple[int, ...]  # exact sizes, or `rounded` ones where a range of sizes shall share an answer
     dtype: torch.dtype
     device: torch.device
+    slack: float = 1.0  # how many times what AGREEMENT allows for, where the library itself rounds more
 
     @property
     def key(self) -> str:
@@ -78,6 +82,17 @@ class Question:
 def rounded(size: int) -> int:
     """The power of two at or above a size: clips of about one size share an answer."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a kernel is left out."""
+
+    reason: str  # in words
+    lasting: bool = True  # whether it would be the same in another process
+
+
+Refuse = Callable[[str, Refusal], None]
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,7 @@ class Choices:
         self.path = path
         self._answers = _read(path) if path else {}
         self._winners: dict[Question, str] = {}
+        self._passing: dict[Question, set[str]] = {}  # kernels that are left out as long as this object lives
         self._machines: dict[torch.device, Machine | None] = {}
         self._told: set[str] = set()
 
@@ -139,10 +155,8 @@ class Choices:
             return library()
         try:
             return kernels[name]()
-        except torch.OutOfMemoryError:
-            raise
         except _failures() as error:
-            self._refuse(question, name, f"failed ({_first_line(error)})")
+            self._refuse(question, name, _failed(error))
         _check_alive(question.device, name)
         return library()
 
@@ -158,22 +172,27 @@ class Choices:
             return self._winners[question]
         known = self._answers.get(machine.name, {}).get(question.key)
         refused = dict(known.refused) if known else {}
+        passing = self._passing.setdefault(question, set())
         if known and {*known.seconds, *refused} == {LIBRARY, *kernels}:
             self._winners[question] = known.winner
             return known.winner
         if torch.cuda.is_current_stream_capturing():
             # Clocks cannot be read while a graph is recorded.
             return LIBRARY
-        untried = {name: call for name, call in kernels.items() if name not in refused}
+        untried = {name: call for name, call in kernels.items() if name not in {*refused, *passing}}
 
-        def refuse(name: str, reason: str) -> None:
+        def refuse(name: str, refusal: Refusal) -> None:
             # At once: a kernel that breaks the device takes this process with it.
-            refused[name] = reason
-            self._refuse(question, name, reason)
+            if refusal.lasting:
+                refused[name] = refusal.reason
+            self._refuse(question, name, refusal)
 
+        tolerance = question.slack * AGREEMENT[question.dtype]
         try:
-            seconds = measure(library, untried, AGREEMENT[question.dtype], question.device, refuse)
-        except torch.OutOfMemoryError:
+            seconds = measure(library, untried, tolerance, question.device, refuse)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # Two results at once did not fit. That says nothing about speed, so it lasts no longer than this object.
             self._winners[question] = LIBRARY
             return LIBRARY
@@ -198,13 +217,17 @@ class Choices:
             self._tell(f"kernels are left out: Triton cannot be used here ({_first_line(error)})")
             return None
 
-    def _refuse(self, question: Question, name: str, reason: str) -> None:
-        self._tell(f"{question.operation}: kernel {name!r} is left out: it {reason}")
-        log.debug("%s: %s %s", question.key, name, reason)
+    def _refuse(self, question: Question, name: str, refusal: Refusal) -> None:
+        self._tell(f"{question.operation}: kernel {name!r} is left out: it {refusal.reason}")
+        log.debug("%s: %s %s", question.key, name, refusal.reason)
+        if not refusal.lasting:
+            self._passing.setdefault(question, set()).add(name)
+            self._winners[question] = LIBRARY
+            return
         known = self._answers.get(self.machine(question.device).name, {}).get(question.key)
         before = known.refused if known else {}
         # Without seconds: whoever asks again tries the others anew.
-        self._remember(question, Answer(LIBRARY, {}, {**before, name: reason}))
+        self._remember(question, Answer(LIBRARY, {}, {**before, name: refusal.reason}))
 
     def _remember(self, question: Question, answer: Answer) -> None:
         self._winners[question] = answer.winner
@@ -236,8 +259,8 @@ def measure(
     expected = _tensors(library())
     calls = {LIBRARY: library}
     for name, call in kernels.items():
-        if reason := _disagreement(call, expected, tolerance):
-            refuse(name, reason)
+        if refusal := _disagreement(call, expected, tolerance):
+            refuse(name, refusal)
             _check_alive(device, name)
         else:
             calls[name] = call
@@ -247,12 +270,10 @@ def measure(
         for name, call in tuple(calls.items()):
             try:
                 seconds = _seconds(call, device)
-            except torch.OutOfMemoryError:
-                raise
             except _failures() as error:
                 if name == LIBRARY:
                     raise
-                refuse(name, f"failed ({_first_line(error)})")
+                refuse(name, _failed(error))
                 _check_alive(device, name)
                 del calls[name]
                 continue
@@ -280,20 +301,18 @@ def _tensors(output: Output) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _disagreement(call: Call, expected: Sequence[Tensor], tolerance: float) -> str | None:
+def _disagreement(call: Call, expected: Sequence[Tensor], tolerance: float) -> Refusal | None:
     try:
         got = _tensors(call())
         errors = [relative_l2(x, y) for x, y in zip(got, expected, strict=True)]
         worst = [_largest_difference(x, y) for x, y in zip(got, expected, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
     except _failures() as error:
-        return f"failed ({_first_line(error)})"
+        return _failed(error)
     # Not "worse > tolerance": NaN must fail.
     if not all(error <= tolerance for error in errors):
-        return f"differs from the library by {max(errors):.1e}"
+        return Refusal(f"differs from the library by {max(errors):.1e}")
     if not all(error <= WORST * tolerance for error in worst):
-        return f"differs from the library in some values, by {max(worst):.1e} of the largest"
+        return Refusal(f"differs from the library in some values, by {max(worst):.1e} of the largest")
     return None
 
 
@@ -301,6 +320,14 @@ def _failures() -> tuple[type[BaseException], ...]:
     from triton.errors import TritonError
 
     return (*FAILURES, TritonError)
+
+
+def _failed(error: BaseException) -> Refusal:
+    """What an error means for a kernel. Running out of memory means nothing, and is raised again."""
+    if is_out_of_memory(error):
+        raise error
+    passing = isinstance(error, PASSING) or NO_COMPILER in str(error)
+    return Refusal(f"failed ({_first_line(error)})", lasting=not passing)
 
 
 def _first_line(error: BaseException) -> str:

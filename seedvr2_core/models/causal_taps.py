@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frames import FastOptions, Frames, ThreeTaps, channels_last, fixed, stacked
+from .frames import COUNTED, FastOptions, Frames, ThreeTaps, channels_last, fixed, stacked
 from .vae import CausalState
 from .winograd import WinogradTaps
-
-# Values in one tensor that libraries of convolutions count in 32 bits.
-COUNTED = 2**31 - 1
 
 
 class TemporalConv(nn.Module):
@@ -47,13 +44,24 @@ class TemporalConv(nn.Module):
 def three_taps(weight: Tensor, bias: Tensor | None, options: FastOptions) -> ThreeTaps:
     c, k = weight.shape[1], weight.shape[-1]
     if options.winograd_from is None or c < options.winograd_from:
-        # For a lone clip in fp32 torch takes a slow path of its own on a CPU.
-        slow = options.device == "cpu" and weight.dtype == torch.float32
+        slow = convolves_clips_slowly(options.device, weight.dtype)
         return StackedTaps(weight, bias) if slow else DirectTaps(weight, bias)
     rows_from = math.inf if options.winograd_rows_from is None else options.winograd_rows_from
     # Rows of the small kernels of an upsampler would share too little.
     shared_rows = k == 3 and c >= rows_from * (2 if weight.dtype.itemsize == 2 else 1)
     return WinogradTaps(weight, bias, shared_rows, on_band=options.step)
+
+
+def convolves_clips_slowly(device: str | None, dtype: torch.dtype) -> bool:
+    """Whether torch takes a path of its own instead of the library's, in many times the time and memory.
+
+    On a CPU that is a lone clip in fp32; on CUDA clips in 16 bits, for torch 2.9 with cuDNN before 9.15
+    (pytorch/pytorch#166643).
+    """
+    if device == "cpu":
+        return dtype == torch.float32
+    spared = not torch.__version__.startswith("2.9.") or (torch.backends.cudnn.version() or 0) >= 91500
+    return device == "cuda" and dtype.itemsize == 2 and not spared
 
 
 class BandedTaps(nn.Module):

@@ -379,7 +379,7 @@ class WindowAttention(nn.Module):
         else:
             n, heads, d = len(vid), projected[0].shape[2], self.head_dim
             shape = (heads, d, int(answers), rounded(n), rounded(layout.map.longest))
-            question = Question("windows", shape, vid.dtype, vid.device)
+            question = Question("windows", shape, vid.dtype, vid.device, slack=windows.SLACK)
             in_place = partial(self._in_place, projected, n, layout, answers)
             kernels = {tile.name: partial(in_place, tile) for tile in tiles}
             out = choices.run(question, gathered, kernels, trial=partial(gathered, keep=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .frames import FastOptions, Frames, channels_last
+from .frames import COUNTED, FastOptions, Frames, channels_last
 from .row_split import RowSplit
 from .vae import CausalState, FrameNorm
 
@@ -47,12 +47,24 @@ def large_norm(frame: Tensor, norm: nn.GroupNorm, options: FastOptions) -> Tenso
         groups = frame.unflatten(1, (norm.num_groups, -1))[0].float()
         spread, center = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
     else:
-        moments = torch.batch_norm_update_stats(frame, torch.zeros_like(ones), ones, 0.0)
-        mean, variance = (moment.unflatten(0, (norm.num_groups, -1)) for moment in moments)
-        center = mean.mean(1)
-        spread = (variance + (mean - center[:, None]).square()).mean(1)
+        center, spread = channel_moments(frame, norm, ones)
     of_channel = (x.float().repeat_interleave(frame.shape[1] // norm.num_groups) for x in (center, spread))
     return F.batch_norm(frame, *of_channel, norm.weight.float(), norm.bias.float(), eps=norm.eps)
+
+
+def channel_moments(frame: Tensor, norm: nn.GroupNorm, ones: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every group of channels of a frame 1 c H W, on CUDA, put together of those of channels."""
+    # Of more values than it counts torch makes a copy in fp32.
+    parts = frame.tensor_split(-(-frame.numel() // COUNTED), dim=2)
+    moments = [torch.batch_norm_update_stats(part, torch.zeros_like(ones), ones, 0.0) for part in parts]
+    of_groups = [[moment.unflatten(0, (norm.num_groups, -1)) for moment in pair] for pair in moments]
+    shares = [part.shape[2] / frame.shape[2] for part in parts]
+    center = sum(share * mean.mean(1) for share, (mean, _) in zip(shares, of_groups, strict=True))
+    spread = sum(
+        share * (variance + (mean - center[:, None]).square()).mean(1)
+        for share, (mean, variance) in zip(shares, of_groups, strict=True)
+    )
+    return center, spread
 
 
 def group_moments(frame: Tensor, norm: nn.GroupNorm, ones: Tensor, band: int | None) -> tuple[Tensor, Tensor]:

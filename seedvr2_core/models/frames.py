@@ -18,6 +18,9 @@ from .vae import CausalState
 
 Frames = list[Tensor]
 
+# Values of one tensor that libraries count in 32 bits.
+COUNTED = 2**31 - 1
+
 
 class Step(Protocol):
     """Part of the network."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -214,6 +215,17 @@ def from_fp8(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) * scale.to(dtype)
 
 
+@cache
+def fp8_failure(device: torch.device) -> str | None:
+    """What torch says to such a product on a GPU, or None: some builds and some GPUs do not have it."""
+    rows, scale = to_fp8(torch.ones(FP8_STEP, FP8_STEP, device=device, dtype=torch.bfloat16))
+    try:
+        torch._scaled_mm(rows, rows.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError) as error:
+        return str(error).strip().partition("\n")[0].rstrip(".")
+    return None
+
+
 def why_not_fp8(weight: Tensor) -> str | None:
     if weight.device.type == "cpu":
         return None
@@ -225,6 +237,8 @@ def why_not_fp8(weight: Tensor) -> str | None:
         return f"needs bf16, got {str(weight.dtype).removeprefix('torch.')}"
     if any(size % FP8_STEP for size in weight.shape):
         return f"needs channels in multiples of {FP8_STEP}, got {weight.shape[1]} in and {weight.shape[0]} out"
+    if failure := fp8_failure(weight.device):
+        return f"needs a torch that multiplies in fp8 on this GPU, which says: {failure}"
     return None
 
 

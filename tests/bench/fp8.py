@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # or sharing in fp32 would seem to round as much as that does
     device = torch.device(args.device)
     options = Options(device=device, threads=args.threads, warmups=0, runs=1, quick=args.quick)
     report = {"bench": "fp8", "quick": args.quick, "environment": environment(options), "rows": []}

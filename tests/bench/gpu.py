@@ -2,8 +2,9 @@
 
 Every step is a run of its own: one of the other benches, or the tests that need a GPU; what matters most comes first.
 What a step printed and found is kept in the folder as STEP.txt and STEP.json, so a second call goes on with the steps
-that are missing, and then with those that failed; `--step NAME` runs only that one. Where a machine is lent for some
-minutes at a time, `--minutes` ends a call in time. `--quick --device cpu` shows on any machine that nothing here is
+that are missing, and then with those that failed; `--step NAME` runs only that one. All of it, and which kernels were
+chosen, is put together in all.json. Where a machine is lent for some minutes at a time, `--minutes` ends a call in
+time. `--quick --device cpu` shows on any machine that nothing here is
 broken.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,10 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 570
 # With less left than this no step is begun.
 TOO_SHORT = 30
+# Seconds that one of the tests may take, so that one that hangs is named.
+LONGEST_TEST = 120
+# Characters of what a step printed that are put together with the others'.
+TOLD = 6000
 BRIEFLY = ("--warmups", "1", "--runs", "3")
 
 
@@ -51,7 +57,7 @@ class Step:
 def tests(name: str, *paths: str) -> Step:
     """The tests in these parts of tests/core that need a GPU."""
     where = (f"tests/core/{path}" for path in paths)
-    options = ("-q", "--tb=short", "--durations=8", "-p", "no:cacheprovider")
+    options = ("-v", "--tb=short", "--durations=8", "-p", "no:cacheprovider", "-o", f"timeout={LONGEST_TEST}")
     return Step(name, "pytest", ("-m", "gpu", *where, *options), needs_gpu=True, is_bench=False)
 
 
@@ -92,16 +98,24 @@ def run(step: Step, device: str, quick: bool, out: Path, limit: float = LIMIT) -
     command = step.command(device, quick, out)
     # Benches are modules of this checkout, wherever this was started from; kernels are to be compiled.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    variables = {"PYTHONPATH": path, **({"TRITON_INTERPRET": "0"} if device == "cuda" else {})}
+    variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(out / "cache")}
+    if device == "cuda":
+        variables["TRITON_INTERPRET"] = "0"
     start = time.perf_counter()
     text = out / f"{step.name}.txt"
     with text.open("w") as log:
+        # With a session of its own, so that processes that it starts end with it and leave the GPU to the next.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds = time.perf_counter() - start
     result = {
         "step": step.name,
@@ -116,6 +130,16 @@ def run(step: Step, device: str, quick: bool, out: Path, limit: float = LIMIT) -
     state = "done" if code == 0 else f"took longer than {limit:.0f} s" if code is None else f"FAILED with code {code}"
     print(f"{step.name}: {state}, {seconds:.0f} s", flush=True)
     return code == 0
+
+
+def put_together(out: Path) -> None:
+    """One file of all that is known so far."""
+    kernels = out / "cache" / "seedvr2" / "kernels.json"
+    steps = [json.loads(file.read_text()) for step in STEPS if (file := out / f"{step.name}.json").exists()]
+    for step in steps:
+        step["printed"] = (out / f"{step['step']}.txt").read_text()[-TOLD:]
+    found = {"steps": steps, "kernels": json.loads(kernels.read_text()) if kernels.exists() else None}
+    (out / "all.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def last_report(text: str) -> dict | None:
@@ -167,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ok = False
         else:
             ok = run(step, args.device, args.quick, out, min(LIMIT, left)) and ok
+            put_together(out)
     return 0 if ok else 1
 
 

@@ -196,11 +196,8 @@ def _resident(name: str) -> int:
 
 @torch.inference_mode()
 def measure(case: Case, options: Options) -> list[dict]:
-    """One row for each contender of a case; of one that fails the row has an "error" and no figures.
-
-    Raises:
-        ArithmeticError: an output holds a NaN or an infinity.
-    """
+    """One row for each contender of a case; of one that fails, or gives what is no number, the row has an "error" and
+    no figures."""
     memory, errors = {}, {}
     # Before anything large is built here, so that the processes do not compete for memory.
     for name, make in case.contenders.items():
@@ -214,7 +211,8 @@ def measure(case: Case, options: Options) -> list[dict]:
     rows = []
     for name, output in outputs.items():
         if not output.isfinite().all():
-            raise ArithmeticError(f"{case.name} {name} gave NaN or infinity")
+            errors[name] = "gave NaN or infinity"
+            continue
         other = case.against.get(name)
         compared = name != case.reference and case.reference in outputs
         rows.append(

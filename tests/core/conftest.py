@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from seedvr2_core.checkpoints import Prompts
 from seedvr2_core.checkpoints.export import save
@@ -43,6 +44,13 @@ RUNNABLE_DIT = DiTConfig(
     rope="video_text", out_norm=True, modulate_last_text=False, windows=WindowConfig(train_area=(4, 4)),
 )  # fmt: skip
 RUNNABLE_VAE = VAEConfig(widths=(16, 16, 32, 32), blocks=1, groups=4)
+
+
+def clip(frames: int, height: int = 24, width: int = 32, channels: int = 3) -> Tensor:
+    """A smooth moving pattern, T H W c in 0..1."""
+    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    waves = [torch.sin((x + 3 * t) / (7 + i) + i) + torch.cos((y - t) / (5 + i)) for i in range(channels)]
+    return torch.stack(waves, dim=-1) / 4 + 0.5
 
 
 @pytest.fixture(scope="session")

@@ -7,17 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seedvr2_core import Cancelled, Settings, Target, journal, load_models, pick, restore, restore_file
+from seedvr2_core import Cancelled, Settings, Target, load_models, pick, restore
 from seedvr2_core.checkpoints.export import save
 from seedvr2_core.loading import fast_options
 from seedvr2_core.models.dit import DiT
 from seedvr2_core.models.linear import FP8
 from seedvr2_core.models.vae import SEEDVR2_VAE, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastVAE
-from tests.core.conftest import RUNNABLE_DIT
+from tests.core.conftest import RUNNABLE_DIT, clip
 from tests.core.models.test_dit import CASES, flatten, inputs, relative
-from tests.core.test_pipeline import clip
-from tests.core.test_resuming import frames_of, images, stopping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +25,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def fp32_is_fp32() -> Iterator[None]:
     """Convolutions round to 10 bits otherwise."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
@@ -74,8 +72,9 @@ def test_the_published_autoencoder_decodes_large_frames():
     """Four of them have more than 2 ** 31 values in a layer."""
     with CUDA:
         vae = VideoVAE(SEEDVR2_VAE).bfloat16().requires_grad_(False)
-    video = FastVAE(vae, fast_options(CUDA)).decode(torch.randn(1, 16, 2, 270, 480, device=CUDA, dtype=torch.bfloat16))
-    assert video.shape == (1, 3, 5, 2160, 3840)
+    latent = torch.randn(1, 16, 2, 180, 320, device=CUDA, dtype=torch.bfloat16)
+    video = FastVAE(vae, fast_options(CUDA)).decode(latent)
+    assert video.shape == (1, 3, 5, 1440, 2560)
     assert video.isfinite().all()
 
 
@@ -93,6 +92,10 @@ def test_a_restoration_is_the_same_as_on_a_cpu_and_every_time(frames):
 
 def test_a_file_whose_restoration_was_interrupted_is_the_same_as_a_whole_one(tmp_path, monkeypatch):
     """The place to go on from is written down by another thread while the GPU computes."""
+    pytest.importorskip("av")
+    from seedvr2_core import journal, restore_file
+    from tests.core.test_resuming import frames_of, images, stopping
+
     monkeypatch.setattr(journal, "SAVE_EVERY", 0.0)
     models = load_models(*pick("nano"), CUDA, torch.bfloat16)
     settings, source = Settings(target=Target.exact(48, 64), chunk=17), images(tmp_path / "in")
@@ -110,6 +113,8 @@ def test_fp8_never_has_a_whole_plain_transformer_on_the_device(tmp_path):
     plain = 2 * sum(weight.numel() for weight in dit.parameters())
     path, (_, vae) = tmp_path / "dit.safetensors", pick("nano")
     save(path, dit.bfloat16(), dit.config, {"positive_conditioning": torch.randn(3, 64)})
+    # A library takes memory with its first product, and keeps it.
+    torch.ones(64, 64, device=CUDA) @ torch.ones(64, 64, device=CUDA)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     models = load_models(path, vae, CUDA, torch.bfloat16, "fp8")

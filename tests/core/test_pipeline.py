@@ -41,7 +41,7 @@ from seedvr2_core.video.geometry import (
 )
 from seedvr2_core.video.shots import AROUND
 from seedvr2_core.whole_files import READ_AHEAD, WRITE_BEHIND, restore_file
-from tests.core.conftest import RUNNABLE_VAE
+from tests.core.conftest import RUNNABLE_VAE, clip
 
 STAGES = ("encode", "restore", "decode")
 SAME = Settings(target=Target.same(), color="none")
@@ -54,13 +54,6 @@ def no_thread_stays() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
-
-
-def clip(frames: int, height: int = 24, width: int = 32, channels: int = 3) -> Tensor:
-    """A smooth moving pattern, T H W c in 0..1."""
-    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
-    waves = [torch.sin((x + 3 * t) / (7 + i) + i) + torch.cos((y - t) / (5 + i)) for i in range(channels)]
-    return torch.stack(waves, dim=-1) / 4 + 0.5
 
 
 # --- frames in, frames out -------------------------------------------------------------------------------------------

@@ -36,8 +36,7 @@ from seedvr2_core.video.keep import HEADER, Keep, PacketLog, packets_of
 from seedvr2_core.video.media import Moment
 from seedvr2_core.video.shots import AROUND
 from seedvr2_core.whole_files import check_file, restore_file
-from tests.core.conftest import RUNNABLE_VAE
-from tests.core.test_pipeline import clip
+from tests.core.conftest import RUNNABLE_VAE, clip
 from tests.core.test_whole_files import MEDIA, sound
 
 SETTINGS = Settings(target=Target.exact(20, 28), color="lab", chunk=13)

@@ -81,6 +81,12 @@ def test_a_kernel_that_asks_for_too_much_shared_memory_never_wins(machine):
     assert Choices().fastest(QUESTION, Way(2), {"broken": broken, "kernel": Way(1)}) == "kernel"
 
 
+def test_where_the_library_rounds_more_kernels_may_differ_more(machine):
+    kernel = Way(1, 1.02 * TRUTH)
+    assert Choices().fastest(QUESTION, Way(2), {"kernel": kernel}) == LIBRARY
+    assert Choices().fastest(replace(QUESTION, slack=2.5), Way(2), {"kernel": kernel}) == "kernel"
+
+
 def test_all_results_must_agree(machine):
     pair = Way(1, (TRUTH, TRUTH + 1))
     assert Choices().fastest(QUESTION, Way(2, (TRUTH, TRUTH)), {"kernel": pair}) == LIBRARY
@@ -164,9 +170,10 @@ def test_nothing_is_timed_while_a_graph_is_recorded(machine, monkeypatch):
     assert choices.fastest(QUESTION, Way(2), {"kernel": kernel}) == "kernel"
 
 
-def test_running_out_of_memory_decides_nothing(machine, tmp_path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_running_out_of_memory_decides_nothing(machine, tmp_path, error):
     path = tmp_path / "kernels.json"
-    full = Way(1, error=torch.OutOfMemoryError("out of memory"))
+    full = Way(1, error=error)
     assert Choices(path).fastest(QUESTION, Way(2), {"kernel": full}) == LIBRARY
     assert not path.exists()
 
@@ -245,19 +252,35 @@ def test_a_kernel_that_fails_later_gives_way_to_the_library_for_good(machine, tm
     path = tmp_path / "kernels.json"
     choices, library, kernel = Choices(path), Way(2), Way(1, TRUTH.clone())
     choices.run(QUESTION, library, {"kernel": kernel})
-    kernel.error = FileNotFoundError("no C compiler")
+    kernel.error = RuntimeError("PassManager::run failed")
     kernel.calls = 0
     caplog.clear()
     for _ in range(3):
         assert choices.run(QUESTION, library, {"kernel": kernel}) is TRUTH
     assert kernel.calls == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "norm: kernel 'kernel' is left out: it failed (no C compiler)"
+        "norm: kernel 'kernel' is left out: it failed (PassManager::run failed)"
     ]
     # In the next process as well, where it is not tried again; others are.
     kernel.calls = 0
     assert Choices(path).fastest(QUESTION, library, {"kernel": kernel, "other": Way(1)}) == "other"
     assert kernel.calls == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("no such file"), RuntimeError("Failed to find C compiler. Please specify")],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_what_a_machine_lacks_counts_only_as_long_as_it_may_lack_it(machine, tmp_path, error, later):
+    path, library, kernel = tmp_path / "kernels.json", Way(2), Way(1, TRUTH.clone(), None if later else error)
+    choices = Choices(path)
+    choices.run(QUESTION, library, {"kernel": kernel})
+    kernel.error, kernel.calls = error, 0
+    assert [choices.run(QUESTION, library, {"kernel": kernel}) for _ in range(2)] == [TRUTH, TRUTH]
+    assert kernel.calls == int(later)
+    kernel.error = None
+    assert Choices(path).run(QUESTION, library, {"kernel": kernel}) is kernel.result
 
 
 def test_what_fails_for_many_shapes_is_told_once(machine, caplog):

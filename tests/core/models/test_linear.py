@@ -1,6 +1,7 @@
 """Linear layers: torch's own as long as nothing is packed; every packing against the plain product; and how to pack."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,21 @@ def test_a_packing_is_told_or_refused_before_there_is_anything_to_pack():
         resolve("onednn", torch.device("meta"), torch.float32)
     with pytest.raises(SettingError, match="Packing 'fp8' cannot run here: it needs a CUDA device, got meta"):
         resolve("fp8", torch.device("meta"), torch.bfloat16)
+
+
+def test_a_gpu_whose_torch_has_no_such_product_is_refused_in_its_words(monkeypatch):
+    """As on Windows."""
+    says = "Rowwise scaling is not currently supported on your device"
+
+    def product(*_, **__):
+        raise RuntimeError(f"{says}\nand where that was")
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    on_cpu = linear.fp8_failure.__wrapped__
+    monkeypatch.setattr(linear, "fp8_failure", lambda _: on_cpu(torch.device("cpu")))
+    weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(16, 16))
+    assert FP8.why_not(weight) == f"needs a torch that multiplies in fp8 on this GPU, which says: {says}"
 
 
 @pytest.mark.gpu

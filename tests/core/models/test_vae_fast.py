@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seedvr2_core.models import causal_taps, winograd
+from seedvr2_core.models import causal_taps, frame_norm, winograd
 from seedvr2_core.models.frames import channels_last
 from seedvr2_core.models.vae import CausalState, VAEConfig, VideoVAE, posterior
 from seedvr2_core.models.vae_fast import FastOptions, FastVAE, flow
@@ -93,6 +93,36 @@ def test_no_convolution_sees_more_values_than_a_library_can_count(vae, monkeypat
     close(FastVAE(vae, FastOptions(winograd_from=None)).decode(latent), expected)
     # A band has a neighbour's row on either side.
     assert whole // 3 < max(seen) < whole // 2
+
+
+@pytest.mark.parametrize("counted", [2**31, 500], ids=["whole", "parts"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_norms_of_large_frames_agree_however_a_device_takes_them(vae, monkeypatch, device, counted):
+    """Computed here as there."""
+    monkeypatch.setattr(frame_norm, "SUMMED", 16)
+    monkeypatch.setattr(frame_norm, "COUNTED", counted)
+    single, latent = copy.deepcopy(vae).float(), torch.randn(1, 16, 2, 6, 4)
+    fast = FastVAE(single, FastOptions(winograd_from=None, device=device))
+    close(fast.decode(latent), single.decode(latent), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "cudnn", "device", "dtype", "slow"),
+    [
+        ("2.9.1+cu130", 91300, "cuda", torch.bfloat16, True),
+        ("2.9.1+cu130", 91500, "cuda", torch.bfloat16, False),
+        ("2.9.1+cu130", 91300, "cuda", torch.float32, False),
+        ("2.11.0", 91900, "cuda", torch.float16, False),
+        ("2.11.0", None, "cpu", torch.float32, True),
+        ("2.11.0", None, "cpu", torch.bfloat16, False),
+    ],
+)
+def test_clips_are_convolved_by_frames_where_torch_would_be_slow(monkeypatch, version, cudnn, device, dtype, slow):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    weight, options = torch.zeros(4, 4, 3, 3, 3, dtype=dtype), FastOptions(winograd_from=None, device=device)
+    taps = causal_taps.three_taps(weight, None, options)
+    assert isinstance(taps, causal_taps.StackedTaps if slow else causal_taps.DirectTaps)
 
 
 @EXACT
